@@ -388,10 +388,12 @@ class RestoreDone:
     """All that a tier held has been told. The hub lays slabs around it.
 
     Blocks that lie outside today's size, overlap, or whose namespace is unknown are answered with
-    EntryInvalid and counted.
+    EntryInvalid and counted. `generation` is the largest that any slot of the tier ever had, free
+    ones included (`HostArena.generation_max`): every generation given from now on is above it.
     """
 
     tier: Tier
+    generation: int = 0
 
 
 Event = (

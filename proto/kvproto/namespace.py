@@ -51,14 +51,15 @@ class NamespaceSpec:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise FieldError("format_version", self.format_version, f"{FORMAT_VERSION}")
+        require_int("format_version", self.format_version, FORMAT_VERSION, FORMAT_VERSION)
         for name in _TEXTS:
             _check_text(name, getattr(self, name), empty=name == "tenant")
         if not isinstance(self.weights, bytes) or len(self.weights) != 32:
             raise FieldError("weights", self.weights, "32 bytes")
         if not isinstance(self.adapter, bytes) or len(self.adapter) not in (0, 32):
             raise FieldError("adapter", self.adapter, "0 or 32 bytes")
+        if not isinstance(self.attributes, Mapping):
+            raise FieldError("attributes", self.attributes, "a mapping of names to texts")
         if len(self.attributes) > ATTRIBUTES_MAX:
             raise FieldError("attributes", len(self.attributes), f"at most {ATTRIBUTES_MAX}")
         for key, value in self.attributes.items():
@@ -101,6 +102,9 @@ class NamespaceSpec:
         """The first 16 bytes of the id, as directory entries and journal records store it."""
         return self.id[:TAG_BYTES]
 
+    def __hash__(self) -> int:
+        return hash(self.id)
+
     def differences(self, other: NamespaceSpec) -> list[str]:
         """Names of the fields in which two specs differ."""
         names = [f.name for f in fields(self) if f.name != "attributes"]
@@ -115,7 +119,7 @@ class NamespaceSpec:
     def decode(cls, raw: bytes) -> NamespaceSpec:
         """The inverse of `canonical`. FieldError when `raw` is no canonical encoding."""
         reader = _Reader(raw)
-        version = reader.number()
+        version = require_int("format_version", reader.number(), FORMAT_VERSION, FORMAT_VERSION)
         texts = {name: reader.text() for name in _TEXTS}
         weights, adapter = reader.item(), reader.item()
         counts = {name: reader.number() for name in _COUNTS}
@@ -135,8 +139,12 @@ class NamespaceSpec:
 
 def _check_text(name: str, value: object, *, empty: bool) -> None:
     low = 0 if empty else 1
-    if not isinstance(value, str) or not low <= len(value.encode()) <= TEXT_BYTES_MAX:
-        raise FieldError(name, value, f"text of {low} to {TEXT_BYTES_MAX} bytes")
+    try:
+        size = len(value.encode()) if isinstance(value, str) else -1
+    except UnicodeEncodeError:  # a lone surrogate
+        size = -1
+    if not low <= size <= TEXT_BYTES_MAX:
+        raise FieldError(name, value, f"UTF-8 text of {low} to {TEXT_BYTES_MAX} bytes")
 
 
 def _number(value: int) -> bytes:

@@ -30,6 +30,7 @@ HASH_BYTES = 32
 ROOT = bytes(HASH_BYTES)
 _MAGIC = b"kvp1"
 _U32 = struct.Struct("<I")
+TOKEN_MAX = 0xFFFF_FFFF
 EXTRA_KEYS_MAX = 4096
 EXTRA_KEY_BYTES_MAX = 1 << 16
 
@@ -41,8 +42,8 @@ def _encode_extra(extra: Sequence[bytes]) -> bytes:
         raise FieldError("extra", len(extra), f"at most {EXTRA_KEYS_MAX} keys")
     parts = [_U32.pack(len(extra))]
     for key in extra:
-        if len(key) > EXTRA_KEY_BYTES_MAX:
-            raise FieldError("extra", len(key), f"keys of at most {EXTRA_KEY_BYTES_MAX} bytes")
+        if not isinstance(key, bytes) or len(key) > EXTRA_KEY_BYTES_MAX:
+            raise FieldError("extra", key, f"byte strings of at most {EXTRA_KEY_BYTES_MAX} bytes")
         parts.append(_U32.pack(len(key)))
         parts.append(key)
     return b"".join(parts)
@@ -55,8 +56,9 @@ def token_array(tokens: Tokens) -> npt.NDArray[np.uint32]:
         return np.empty(0, dtype="<u4")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise FieldError("tokens", f"{array.dtype}{array.shape}", "a flat sequence of integers")
-    if int(array.min()) < 0 or int(array.max()) > 0xFFFF_FFFF:
-        raise FieldError("tokens", int(array.min()), "token ids from 0 to 4294967295")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > TOKEN_MAX:
+        raise FieldError("tokens", low if low < 0 else high, f"token ids from 0 to {TOKEN_MAX}")
     return np.ascontiguousarray(array, dtype="<u4")
 
 

@@ -142,7 +142,7 @@ class HeartbeatReply(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     draining: bool
-    def __init__(self, epoch: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., draining: bool = ...) -> None: ...
 
 class GoodbyeRequest(_message.Message):
     __slots__ = ("session", "client", "drained")
@@ -152,7 +152,7 @@ class GoodbyeRequest(_message.Message):
     session: int
     client: int
     drained: bool
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., drained: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., drained: bool = ...) -> None: ...
 
 class GoodbyeReply(_message.Message):
     __slots__ = ()
@@ -327,7 +327,7 @@ class ReserveRequest(_message.Message):
     ttl_ms: int
     wait_ms: int
     durable: bool
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., durable: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("reservation", "ttl_ms", "verdicts", "offsets", "generations")
@@ -377,7 +377,7 @@ class AbortRequest(_message.Message):
     client: int
     reservation: int
     drained: bool
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., reservation: _Optional[int] = ..., drained: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., reservation: _Optional[int] = ..., drained: bool = ...) -> None: ...
 
 class AbortReply(_message.Message):
     __slots__ = ()
@@ -449,7 +449,7 @@ class AcquireReply(_message.Message):
     grant: Grant
     missing: bytes
     done: bool
-    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., missing: _Optional[bytes] = ..., done: _Optional[bool] = ...) -> None: ...
+    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., missing: _Optional[bytes] = ..., done: bool = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("session", "leases")
@@ -507,7 +507,7 @@ class TierStats(_message.Message):
     slots_quarantined: int
     up: bool
     note: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., bytes_total: _Optional[int] = ..., bytes_ready: _Optional[int] = ..., bytes_used: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_filling: _Optional[int] = ..., slots_committed: _Optional[int] = ..., slots_copying: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., up: _Optional[bool] = ..., note: _Optional[str] = ...) -> None: ...
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., bytes_total: _Optional[int] = ..., bytes_ready: _Optional[int] = ..., bytes_used: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_filling: _Optional[int] = ..., slots_committed: _Optional[int] = ..., slots_copying: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., up: bool = ..., note: _Optional[str] = ...) -> None: ...
 
 class SessionStats(_message.Message):
     __slots__ = ("session", "client_name", "tenant", "clients", "reservations", "leases", "idle_ms", "transports")
@@ -584,7 +584,7 @@ class StatsReply(_message.Message):
     blocks_announced: int
     spill_queue_bytes: int
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
-    def __init__(self, server_version: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., blocks: _Optional[int] = ..., blocks_filling: _Optional[int] = ..., blocks_announced: _Optional[int] = ..., spill_queue_bytes: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ...) -> None: ...
+    def __init__(self, server_version: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., draining: bool = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., blocks: _Optional[int] = ..., blocks_filling: _Optional[int] = ..., blocks_announced: _Optional[int] = ..., spill_queue_bytes: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ()
@@ -636,4 +636,4 @@ class DrainReply(_message.Message):
     __slots__ = ("drained",)
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     drained: bool
-    def __init__(self, drained: _Optional[bool] = ...) -> None: ...
+    def __init__(self, drained: bool = ...) -> None: ...

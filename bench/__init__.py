@@ -1,0 +1,1 @@
+"""Benchmarks and the demo. Not part of the installed distribution."""

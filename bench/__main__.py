@@ -1,0 +1,84 @@
+"""`make bench`: first figures of a real kvserver with real clients, as JSON and as a table.
+
+    python -m bench [--quick] [--only transfer|lookup|restart] [--out FILE]
+
+The whole run takes about six minutes and up to 12 GiB of memory on two cores; `--quick` takes
+half a minute and shows that everything works, its figures are no yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import control, machine, report, transfer
+
+RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("transfer", "lookup", "restart")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    sections = options.only or list(SECTIONS)
+    began = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    result: dict[str, Any] = {
+        "machine": machine.facts(),
+        "quick": options.quick,
+        "load_before": machine.load_average(),
+        "command": "python -m bench" + (" --quick" if options.quick else ""),
+    }
+    if "transfer" in sections:
+        plan = transfer.quick_plan() if options.quick else transfer.full_plan()
+        rows, notes = transfer.measure(plan, progress)
+        result["transfer"] = [asdict(row) for row in rows]
+        result["notes"] = notes
+    if "lookup" in sections:
+        rounds = 50 if options.quick else 500
+        result["lookup"] = asdict(control.measure_lookup(rounds=rounds, progress=progress))
+    if "restart" in sections:
+        blocks = 2_000 if options.quick else 100_000
+        result["restart"] = asdict(control.measure_restart(blocks=blocks, progress=progress))
+    result["seconds"] = round(time.monotonic() - began, 1)
+
+    out = options.out or _default_path(options.quick)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(report.table(result))
+    print(f"\nWritten to {out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="First figures of kvserver over shared memory."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: shows that it works, no yardstick"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=SECTIONS,
+        help="only this section; may be given more than once (default: all)",
+    )
+    parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/DATE.json)")
+    return parser
+
+
+def _default_path(quick: bool) -> Path:
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    return RESULTS / f"{day}{'-quick' if quick else ''}.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What the figures were measured on: cores, memory, versions. Never a host's name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import numpy as np
+import xxhash
+
+from kvserver import __version__
+
+_CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def facts() -> dict[str, str | int | float]:
+    """The machine and the versions, for the head of a result file."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(_memory_kib("MemTotal") / (1 << 20), 1),
+        "kernel": platform.release(),
+        "huge_pages": _thp("enabled"),
+        "huge_pages_shm": _thp("shmem_enabled"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "grpc": grpc.__version__,
+        "xxhash": xxhash.VERSION,
+        "kvserver": __version__,
+    }
+
+
+def memory_available_bytes() -> int:
+    """What the kernel says can still be taken without swapping."""
+    return _memory_kib("MemAvailable") << 10
+
+
+def load_average() -> float:
+    """Runnable tasks over the last minute: a figure taken beside other work says so."""
+    return round(os.getloadavg()[0], 2)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_kib(field: str) -> int:
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+def _thp(name: str) -> str:
+    """The choice in brackets: `always [madvise] never` -> madvise."""
+    try:
+        text = (_THP / name).read_text()
+    except OSError:
+        return "unknown"
+    return text.partition("[")[2].partition("]")[0] or text.strip()

@@ -1,0 +1,327 @@
+"""The data plane of the client: copies and checksums in a few threads.
+
+Work comes as pieces: some layers of one block. A task is a run of pieces of about a megabyte or
+more, so that threads do not meet at the interpreter's lock for each. Within a piece, copy and
+checksum alternate over chunks that stay in the cache: what was just copied is hashed while hot.
+
+Rules:
+ 1. Views of the arena exist only inside these functions, never in a frame that can raise to the
+    user: a kept traceback must not keep a mapping.
+ 2. Before each chunk that is written, the slot's generation and the epoch are read: what is known
+    to belong to somebody else is not written.
+ 3. A read is good if the checksums of the bytes that ARRIVED match the trailer, the trailer
+    matches the root, and the slot was current before and after.
+ 4. A task that was told to stop ends within one chunk. `run` returns only when no copy runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from kvproto.checksum import grid_checksums, root_of
+from kvproto.grid import Grid, Region
+
+from kvclient.errors import KVError, Unavailable
+from kvclient.transfer.base import Arena, Bytes
+
+CHUNK_BYTES = 128 << 10  # measured: 128 KiB to 256 KiB is best with 2 MiB of L2 a core
+TASK_BYTES_MIN = 1 << 20
+TASK_BYTES = 4 << 20
+THREADS = 2
+
+Checksums = npt.NDArray[np.uint64]
+
+
+class Outcome(IntEnum):
+    """What became of a piece."""
+
+    OK = 0
+    STALE = 1  # the slot is no longer what was granted, or the work was told to stop
+    CORRUPT = 2  # current, but the checksums do not match
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A granted slot: where it is and what it holds. `root` is 0 while the block is filling."""
+
+    offset: int
+    generation: int
+    tokens: int
+    root: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Layers [start, stop) of the region (counted from its first layer) of block `index`."""
+
+    index: int
+    start: int
+    stop: int
+
+
+class Copier:
+    """A pool of copy threads. Belongs to one client; `close` waits for what runs."""
+
+    def __init__(self, threads: int = THREADS) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvclient-copy")
+        self._threads = threads
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def run(self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]]) -> None:
+        """Run `task` for every piece, each list in one thread. When cancelled, tell it to stop
+        and return only after the last copy has ended.
+        """
+        stop = threading.Event()
+
+        def work(part: list[Piece]) -> None:
+            for piece in part:
+                if stop.is_set():
+                    return
+                task(piece)
+
+        futures: list[Future[None]] = []
+        try:
+            futures.extend(self._pool.submit(work, part) for part in pieces)
+        except RuntimeError as error:  # the pool is shut down
+            stop.set()
+            raise Unavailable("the client is closed") from error
+        waiting = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        try:
+            results = await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            while not waiting.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([waiting])
+            raise
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def split(self, layers: int, layer_bytes: int, indices: Sequence[int]) -> list[list[Piece]]:
+        """Tasks for these blocks: big blocks are cut between layers, small ones are gathered."""
+        total = layers * layer_bytes * len(indices)
+        target = min(TASK_BYTES, max(TASK_BYTES_MIN, -(-total // self._threads)))
+        step = min(layers, max(1, target // max(layer_bytes, 1)))
+        cuts = [*range(0, layers, step), layers]
+        tasks: list[list[Piece]] = [[]]
+        filled = 0
+        for index in indices:
+            for start, stop in pairwise(cuts):
+                if filled >= target:
+                    tasks.append([])
+                    filled = 0
+                tasks[-1].append(Piece(index, start, stop))
+                filled += (stop - start) * layer_bytes
+        return tasks if tasks[0] else []
+
+
+# ---- views -----------------------------------------------------------------------------------
+
+
+def cells_of(slot: Bytes, grid: Grid, tokens: int, region: Region) -> Bytes:
+    """[layers, heads, cell bytes] of the region, a view of a slot's payload."""
+    cell = grid.cell_bytes(tokens)
+    payload = slot[: grid.cells * cell].reshape(grid.layers, grid.heads, cell)
+    return payload[
+        region.layer_start : region.layer_stop, region.head_start : region.head_stop
+    ]
+
+
+def _rows(cells: Bytes, other: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
+    """Both arrays [layers, heads, bytes] as matching [rows, bytes]; one when both are dense."""
+    if _dense(cells) and _dense(other):
+        shape = (cells.shape[0] * cells.shape[1], cells.shape[2])
+        yield _flat(cells, shape), _flat(other, shape)
+    else:
+        yield from zip(cells, other, strict=True)
+
+
+def _dense(cells: Bytes) -> bool:
+    """Whether layers and heads can be walked as one axis."""
+    return cells.shape[0] == 1 or cells.strides[0] == cells.shape[1] * cells.strides[1]
+
+
+def _flat(cells: Bytes, shape: tuple[int, int]) -> Bytes:
+    flat: Bytes = np.lib.stride_tricks.as_strided(
+        cells, shape, (cells.strides[1], cells.strides[2]), writeable=cells.flags.writeable
+    )
+    return flat
+
+
+def _copy_hashed(
+    target: Bytes, source: Bytes, hashed: Bytes, sums: Checksums, go_on: Callable[[], bool]
+) -> bool:
+    """Copy rows and hash them, chunk by chunk; False when `go_on` said no.
+
+    `hashed` is `target` or `source`; its rows are contiguous. Fills `sums`, one per row.
+    """
+    count, row_bytes = target.shape
+    step = max(1, CHUNK_BYTES // row_bytes)
+    if row_bytes > 2 * CHUNK_BYTES:
+        return _copy_long_rows(target, source, hashed, sums, go_on)
+    for start in range(0, count, step):
+        if not go_on():
+            return False
+        part = slice(start, start + step)
+        np.copyto(target[part], source[part])
+        rows = hashed[part]
+        sums[part] = np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
+    return True
+
+
+def _copy_long_rows(
+    target: Bytes, source: Bytes, hashed: Bytes, sums: Checksums, go_on: Callable[[], bool]
+) -> bool:
+    """The same for rows of several chunks, hashed as a stream."""
+    for row in range(len(target)):
+        state = xxhash.xxh3_64()
+        for start in range(0, target.shape[1], CHUNK_BYTES):
+            if not go_on():
+                return False
+            part = slice(start, start + CHUNK_BYTES)
+            np.copyto(target[row, part], source[row, part])
+            state.update(hashed[row, part])
+        sums[row] = state.intdigest()
+    return True
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+class Writing:
+    """Copies `sources` (one [layers, heads, >= cell bytes] a block) into granted slots.
+
+    `sums[i]` are block i's checksums in layer-major order once its pieces are done; `stale[i]`
+    says that its slot was lost on the way. With no sources, hashes what stands in the slots.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        grid: Grid,
+        region: Region,
+        slots: Sequence[Slot],
+        sources: Sequence[Bytes] | None,
+    ) -> None:
+        self._arena = arena
+        self._grid = grid
+        self._region = region
+        self._slots = slots
+        self._sources = sources
+        self.sums: Checksums = np.zeros((len(slots), region.layers, region.heads), np.uint64)
+        self.stale = np.zeros(len(slots), np.bool_)
+
+    def __call__(self, piece: Piece) -> None:
+        try:
+            done = self._write(piece)
+        except KVError:  # the arena was closed under us: its session is lost
+            done = False
+        if not done:
+            self.stale[piece.index] = True
+
+    def _write(self, piece: Piece) -> bool:
+        slot = self._slots[piece.index]
+        length = self._grid.payload_bytes(slot.tokens)
+        sums = self.sums[piece.index, piece.start : piece.stop]
+
+        def ours() -> bool:
+            return self._arena.current(slot.offset, slot.generation)
+
+        if self._sources is None:
+            whole = self._arena.reading(slot.offset, length)
+            cells = cells_of(whole, self._grid, slot.tokens, self._region)
+            sums[:] = grid_checksums(cells[piece.start : piece.stop]).reshape(sums.shape)
+            return ours()
+        whole = self._arena.writing(slot.offset, length)
+        target = cells_of(whole, self._grid, slot.tokens, self._region)[piece.start : piece.stop]
+        source = self._sources[piece.index][piece.start : piece.stop, :, : target.shape[2]]
+        flat = sums.reshape(-1)
+        at = 0
+        for into, rows in _rows(target, source):
+            if not _copy_hashed(into, rows, into, flat[at : at + len(into)], ours):
+                return False
+            at += len(into)
+        return True
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+class Reading:
+    """Copies granted slots into `targets` (one [layers, heads, >= cell bytes] a block; rows
+    contiguous) and checks every byte. With no targets, checks what stands in the slots.
+
+    `outcomes[i]` is valid once all of block i's pieces are done.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        grid: Grid,
+        region: Region,
+        slots: Sequence[Slot],
+        targets: Sequence[Bytes] | None,
+    ) -> None:
+        self._arena = arena
+        self._grid = grid
+        self._region = region
+        self._slots = slots
+        self._targets = targets
+        self.outcomes = np.zeros(len(slots), np.uint8)
+
+    def __call__(self, piece: Piece) -> None:
+        try:
+            outcome = self._read(piece)
+        except KVError:
+            outcome = Outcome.STALE
+        if outcome is not Outcome.OK and self.outcomes[piece.index] != Outcome.STALE:
+            self.outcomes[piece.index] = outcome
+
+    def _read(self, piece: Piece) -> Outcome:
+        slot, grid = self._slots[piece.index], self._grid
+
+        def current() -> bool:
+            return self._arena.current(slot.offset, slot.generation)
+
+        if not current():
+            return Outcome.STALE
+        payload = grid.payload_bytes(slot.tokens)
+        whole = self._arena.reading(slot.offset, payload + grid.trailer_bytes)
+        cells = cells_of(whole, grid, slot.tokens, self._region)[piece.start : piece.stop]
+        if self._targets is None:
+            sums = grid_checksums(cells)
+        else:
+            target = self._targets[piece.index][piece.start : piece.stop, :, : cells.shape[2]]
+            sums = np.zeros(cells.shape[0] * cells.shape[1], np.uint64)
+            at = 0
+            for into, rows in _rows(target, cells):
+                if not _copy_hashed(into, rows, into, sums[at : at + len(into)], current):
+                    return Outcome.STALE
+                at += len(into)
+        trailer = whole[payload:]
+        wanted = trailer.view("<u8").reshape(grid.layers, grid.heads)[
+            self._region.layer_start + piece.start : self._region.layer_start + piece.stop,
+            self._region.head_start : self._region.head_stop,
+        ]
+        good = bool(np.array_equal(sums, wanted.reshape(-1)))
+        if slot.root and root_of(trailer) != slot.root:
+            good = False
+        if not current():
+            return Outcome.STALE
+        return Outcome.OK if good else Outcome.CORRUPT
+

@@ -1,0 +1,437 @@
+"""A client's connection to the hub: one gRPC channel, one live session, and their renewal.
+
+A Link is one session with one server process: its ids, its limits, its arena. Everything that a
+call was granted belongs to the Link it was granted under.
+
+Rules:
+ 1. A Link that is lost stays lost. Reservations, leases and streams under it are Gone; its arena
+    is closed at once, so that no new view of it exists, and unmapped with its last view.
+ 2. One task renews: it beats the heart, notices a new epoch or an ended session, and says Hello
+    again with pauses of 50 ms to 1 s. Calls never dial.
+ 3. A call that fails because its session ended is repeated once under the next Link, if nothing
+    that it names belongs to the old one.
+ 4. While there is no Link, calls fail at once with Unavailable and the reason.
+ 5. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import grpc
+import grpc.aio
+from kvproto.v1 import kvserver_pb2 as pb
+from kvproto.v1 import kvserver_pb2_grpc as rpc
+
+from kvclient.errors import (
+    TIMEOUTS,
+    DeadlineExceeded,
+    Gone,
+    InvalidArgument,
+    KVError,
+    NotFound,
+    Unavailable,
+    Unsupported,
+    from_rpc,
+    late,
+)
+from kvclient.results import Limits
+from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
+from kvclient.transfer.base import Arena
+from kvclient.transfer.shm import open_arena
+
+PROTOCOL_VERSION = 1
+TRANSPORTS = ("shm",)  # what this client speaks, best first
+MESSAGE_BYTES_MAX = 64 << 20
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.initial_reconnect_backoff_ms", int(BACKOFF_FIRST_S * 1000)),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", int(BACKOFF_LAST_S * 1000)),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A pool of its own: the backoff of another client's channel must not hold this one back.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+Message = Any  # a protobuf message; its classes are generated and untyped here
+Make = Callable[["Link"], Awaitable[Message]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to connect. `AsyncClient.connect` documents each."""
+
+    address: str
+    name: str = ""
+    tenant: str = ""
+    deadline_s: float = 10.0
+    transport: str = "auto"
+    read_only: bool = False
+    join_token: bytes = b""
+    rank: int = 0
+
+    def check(self) -> Options:
+        """InvalidArgument for what cannot be right."""
+        if not isinstance(self.address, str) or not self.address:
+            raise InvalidArgument.of("address", self.address, '"host:port"')
+        if self.transport not in ("auto", *TRANSPORTS):
+            raise InvalidArgument.of("transport", self.transport, f"auto or one of {TRANSPORTS}")
+        if not 0 < self.deadline_s <= 86_400:
+            raise InvalidArgument.of("deadline_s", self.deadline_s, "above 0, at most 86400")
+        if self.join_token and len(self.join_token) != 16:
+            raise InvalidArgument.of("join_token", len(self.join_token), "16 bytes")
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One session with one server process. `lost` says why it ended; None while it lives."""
+
+    address: str
+    session: int
+    client: int
+    token: bytes
+    epoch: int
+    limits: Limits
+    arena: Arena
+    handles: dict[bytes, int] = field(default_factory=dict)  # namespace id -> handle
+    lost: str | None = None
+
+    def gone(self) -> Gone:
+        reason = self.lost or "the hub was restarted"
+        return Gone(f"the session with {self.address} ended: {reason}")
+
+
+class Session:
+    """See the module. Lives on one event loop; `open` before use, `close` after."""
+
+    def __init__(self, options: Options, log: logging.Logger) -> None:
+        self.options = options.check()
+        self._log = log
+        self._join_token = options.join_token
+        self._channel: grpc.aio.Channel | None = None
+        self._stubs: dict[str, Any] = {}
+        self._link: Link | None = None
+        self._failure: KVError | None = None
+        self._attempt: asyncio.Future[None] | None = None
+        self._wake = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._beating = True
+        self._closed = False
+        self.reconnects = 0
+
+    @property
+    def address(self) -> str:
+        return self.options.address
+
+    @property
+    def healthy(self) -> bool:
+        """A live Link whose last heartbeat was answered."""
+        return self._link is not None and self._link.lost is None and self._beating
+
+    @property
+    def link(self) -> Link:
+        """The live Link. Unavailable with the reason when there is none."""
+        if self._link is None or self._link.lost is not None:
+            reason = "closed" if self._closed else self._failure or "not connected"
+            raise Unavailable(f"no session with {self.address}: {reason}")
+        return self._link
+
+    # ---- life ----------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Dial, say Hello, map the arena. Every error names the address and the reason."""
+        self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        cache, admin = rpc.CacheStub(self._channel), rpc.AdminStub(self._channel)
+        self._stubs = {**vars(cache), **vars(admin)}
+        try:
+            self._link = await self._hello(Deadline(self.options.deadline_s))
+        except BaseException:
+            self._closed = True
+            await self._channel.close()
+            raise
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="kvclient-keep")
+
+    async def close(self) -> None:
+        """Say goodbye and hang up. The caller's copies have ended before."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        link = self._link
+        if link is not None and link.lost is None:
+            self._lose(link, "closed")
+            goodbye = pb.GoodbyeRequest(
+                session=link.session, client=link.client, drained=link.arena.drained
+            )
+            with suppress(KVError):
+                await self.rpc("Goodbye", goodbye, Deadline(min(1.0, self.options.deadline_s)))
+        if self._channel is not None:
+            await self._channel.close()
+
+    def rejoin(self, token: bytes) -> None:
+        """Belong to the session of `token` from now on; the link to the present one is dropped."""
+        if len(token) != 16:
+            raise InvalidArgument.of("join_token", len(token), "16 bytes")
+        self._join_token = token
+        if self._link is not None and self._link.token != token:
+            self._lose(self._link, "joining another session")
+
+    # ---- calls ---------------------------------------------------------------------------
+
+    async def call(
+        self, name: str, make: Make, deadline: Deadline, *, link: Link | None = None
+    ) -> tuple[Link, Message]:
+        """Call `name` with the message that `make` builds; the Link it ran under, and its reply.
+
+        With `link`, the call stands on something granted under it: Gone once it is lost.
+        """
+        for attempt in (0, 1):
+            at = link or await self.ready(deadline)
+            if at.lost is not None:
+                raise at.gone()
+            try:
+                return at, await self.rpc(name, await make(at), deadline)
+            except NotFound as error:
+                if not self._ended(at, error):
+                    raise
+                if link is not None or attempt:
+                    raise at.gone() from error
+            except Unavailable as error:
+                if at.lost is not None and link is not None:
+                    raise at.gone() from error
+                self._wake.set()
+                raise
+        raise AssertionError("unreachable")
+
+    def _ended(self, at: Link, error: NotFound) -> bool:
+        """Whether the hub does not know the session; then the Link is lost. Notes stale handles."""
+        if error.field in ("session", "client"):
+            self._lose(at, str(error))
+            return True
+        if isinstance(error, Gone):
+            return at.lost is not None
+        return False
+
+    async def ready(self, deadline: Deadline) -> Link:
+        """The live Link; waits for an attempt under way, never for a hub that is not there."""
+        if self._link is not None and self._link.lost is None:
+            return self._link
+        if not self._closed and self._failure is None and self._attempt is not None:
+            with suppress(*TIMEOUTS):
+                await asyncio.wait_for(asyncio.shield(self._attempt), deadline.left())
+        return self.link
+
+    async def rpc(self, name: str, request: Message, deadline: Deadline) -> Message:
+        """One unary call. KVErrors only; DeadlineExceeded at the deadline."""
+        left = deadline.left()
+        if left <= 0:
+            raise late(name, self.address, deadline.seconds)
+        try:
+            return await self._stubs[name](request, timeout=left)
+        except grpc.RpcError as error:
+            raise from_rpc(error, what=name, address=self.address) from None
+        except grpc.aio.UsageError as error:
+            raise Unavailable(f"{name} at {self.address}: the client is closed") from error
+        except asyncio.CancelledError:
+            self._cancelled(name)
+            raise
+
+    def stream(self, name: str, request: Message) -> Any:
+        """A server-streaming call: its grpc.aio call object."""
+        try:
+            return self._stubs[name](request)
+        except grpc.aio.UsageError as error:
+            raise Unavailable(f"{name} at {self.address}: the client is closed") from error
+
+    def _cancelled(self, name: str) -> None:
+        """A channel that closes cancels its calls: for them that is Unavailable."""
+        task = asyncio.current_task()
+        if self._closed and task is not None and not task.cancelling():
+            raise Unavailable(f"{name} at {self.address}: the client was closed") from None
+
+    def stream_failed(self, link: Link, name: str, error: grpc.RpcError) -> KVError:
+        """The typed error of a broken stream; looks at once whether the hub is still there."""
+        typed = from_rpc(error, what=name, address=self.address)
+        if isinstance(typed, NotFound) and self._ended(link, typed):
+            return link.gone()
+        if isinstance(typed, Unavailable):
+            self._wake.set()
+        return typed
+
+    # ---- renewal -------------------------------------------------------------------------
+
+    def _lose(self, link: Link, reason: str) -> None:
+        """From now on nothing is granted or written under `link`."""
+        if link.lost is not None:
+            return
+        link.lost = reason
+        link.arena.close()
+        if self._closed or link is not self._link:
+            return
+        self._log.warning("session with %s ended: %s", self.address, reason)
+        self._failure = None
+        self._attempt = asyncio.get_running_loop().create_future()
+        self._wake.set()
+
+    async def _keep(self) -> None:
+        backoff = Backoff()
+        while True:
+            link = self._link
+            if link is None or link.lost is not None:
+                if not await self._renew():
+                    await asyncio.sleep(backoff.next())
+                    continue
+            elif not await self._beat(link):
+                if link.lost is None:
+                    await asyncio.sleep(backoff.next())
+                continue
+            backoff.reset()
+            self._wake.clear()
+            if self._link is not None and self._link.lost is None:
+                with suppress(*TIMEOUTS):
+                    await asyncio.wait_for(self._wake.wait(), self._link.limits.heartbeat_s / 2)
+
+    async def _beat(self, link: Link) -> bool:
+        """One heartbeat; False when it failed or told that the Link is lost."""
+        request = pb.HeartbeatRequest(session=link.session, client=link.client)
+        limit_s = min(self.options.deadline_s, max(link.limits.session_ttl_s / 3, 0.1))
+        try:
+            reply = await self.rpc("Heartbeat", request, Deadline(limit_s))
+        except NotFound as error:
+            self._lose(link, str(error))
+            return False
+        except KVError as error:
+            if self._beating:
+                self._log.warning("heartbeat unanswered: %s", error)
+            self._beating = False
+            if not link.arena.alive():
+                self._lose(link, "the hub was restarted")
+            return False
+        self._beating = True
+        if reply.epoch != link.epoch:
+            self._lose(link, f"epoch {reply.epoch} after {link.epoch}")
+            return False
+        return True
+
+    async def _renew(self) -> bool:
+        try:
+            self._link = await self._hello(Deadline(self.options.deadline_s))
+        except KVError as error:
+            if self._failure is None:
+                self._log.warning("reconnecting: %s", error)
+            self._failure = error
+            self._beating = False
+        else:
+            self._failure = None
+            self._beating = True
+            self.reconnects += 1
+        if self._attempt is not None and not self._attempt.done():
+            self._attempt.set_result(None)
+        return self._failure is None
+
+    async def _hello(self, deadline: Deadline) -> Link:
+        options = self.options
+        request = pb.HelloRequest(
+            protocol_version=PROTOCOL_VERSION,
+            client_name=options.name,
+            client_version=_version(),
+            tenant=options.tenant,
+            join_token=self._join_token,
+            rank=options.rank,
+        )
+        try:
+            reply = await self.rpc("Hello", request, deadline)
+        except NotFound:
+            if not self._join_token or self._link is None:
+                raise
+            # The hub forgot the session that this rank belonged to. It works on in one of its own
+            # until `rejoin` tells of the next.
+            self._join_token = b""
+            return await self._hello(deadline)
+        if reply.protocol_version != PROTOCOL_VERSION:
+            raise Unsupported(
+                f"the hub at {options.address} speaks protocol {reply.protocol_version}, "
+                f"this client {PROTOCOL_VERSION}"
+            )
+        arena = await self._map(reply, deadline)
+        self._log.info(
+            "connected to %s (kvserver %s, epoch %d): session %x, transport %s at %s",
+            *(options.address, reply.server_version, reply.epoch, reply.session),
+            *(arena.transport, arena.address),
+        )
+        return Link(
+            address=options.address,
+            session=reply.session,
+            client=reply.client,
+            token=reply.token,
+            epoch=reply.epoch,
+            limits=_limits(reply.limits),
+            arena=arena,
+        )
+
+    async def _map(self, reply: Message, deadline: Deadline) -> Arena:
+        """The arena by the best transport that both sides speak."""
+        offers = {offer.name: offer.address for offer in reply.transports}
+        path = offers.get("shm")
+        where = f"the hub at {self.address} offers {_listed(offers)}"
+        if path is None:
+            raise Unsupported(f"{where}; this client speaks {_listed(TRANSPORTS)}")
+        try:
+            arena = await asyncio.to_thread(
+                open_arena,
+                path,
+                session=reply.session,
+                client=reply.client,
+                token=reply.token,
+                read_only=self.options.read_only,
+                deadline_s=max(deadline.left(), 1e-3),
+            )
+        except Unsupported as error:
+            text = f"{where}; {error}. shm needs this process on the hub's host"
+            raise Unsupported(text) from error
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{where}; {error}", field="deadline_s") from error
+        except KVError as error:
+            raise Unavailable(f"{where}; {error}") from error
+        if (arena.epoch, arena.arena_id) != (reply.epoch, reply.arena_id):
+            arena.close()
+            raise Unavailable(f"the hub at {self.address} was restarted during the handshake")
+        return arena
+
+
+def _limits(told: Message) -> Limits:
+    return Limits(
+        keys_per_call_max=told.keys_per_call_max,
+        reservation_s_max=told.reservation_ms_max / 1000,
+        lease_s_max=told.lease_ms_max / 1000,
+        wait_s_max=told.wait_ms_max / 1000,
+        window_bytes_max=told.window_bytes_max,
+        heartbeat_s=told.heartbeat_ms / 1000,
+        session_ttl_s=told.session_ttl_ms / 1000,
+        announce_ttl_s_max=told.announce_ttl_ms_max / 1000,
+        writers_per_block_max=told.writers_per_block_max,
+        slot_bytes_max=told.slot_bytes_max,
+    )
+
+
+def _listed(names: Sequence[str] | dict[str, str]) -> str:
+    return ", ".join(names) or "no transport"
+
+
+def _version() -> str:
+    try:
+        return version("kvserver")
+    except PackageNotFoundError:
+        return "unknown"

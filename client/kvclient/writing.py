@@ -1,0 +1,427 @@
+"""Writing: reservations, and the push that is built on them.
+
+Rules:
+ 1. Only cells of a granted reservation are written, only under the Link it was granted under.
+ 2. A block is committed with the checksums of what stands in the arena after the copy.
+ 3. A reservation ends exactly once. What was granted and not committed is aborted, and the hub is
+    told that our copies have drained only when they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+from kvproto.grid import Region
+from kvproto.v1 import kvserver_pb2 as pb
+
+from kvclient.checks import Arrays, blocks_of, region_in
+from kvclient.copying import Checksums, Slot, Writing, cells_of
+from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
+from kvclient.results import Bytes, CommitVerdict, PushVerdict, ReserveVerdict
+from kvclient.session import Link
+from kvclient.timing import Deadline
+
+if TYPE_CHECKING:
+    from kvclient.namespace import AsyncNamespace
+
+COMMIT_BYTES_MAX = 4 << 20  # packed checksums in one Commit
+PUSH_WINDOW_BYTES = 64 << 20  # reserved at once by a push, twice that while windows overlap
+
+
+class Reservation:
+    """An exclusive, expiring right to fill cells. Comes from `AsyncNamespace.reserve`.
+
+    Use it as `async with`: leaving it aborts what was not committed and says that the copies into
+    it have drained, so end your own copies (also those on a GPU stream) before you leave.
+
+    verdicts   ReserveVerdict of each key, uint8 [N]
+    writable   positions granted to this writer
+    region     the cells granted
+    ttl_s      seconds it lives; commit before
+    """
+
+    def __init__(
+        self, namespace: AsyncNamespace, link: Link, reply: pb.ReserveReply, *, count: int,
+        tokens: Sequence[int], region: Region,
+    ) -> None:  # fmt: skip
+        self.region = region
+        self.ttl_s: float = reply.ttl_ms / 1000
+        self.verdicts: Bytes = np.frombuffer(reply.verdicts, np.uint8)
+        if len(self.verdicts) != count:
+            raise KVError(f"the hub answered {len(self.verdicts)} of {count} keys")
+        self.writable: list[int] = np.flatnonzero(
+            self.verdicts == ReserveVerdict.WRITE
+        ).tolist()
+        offsets = np.frombuffer(reply.offsets, "<u8")
+        generations = np.frombuffer(reply.generations, "<u8")
+        self._slots = {
+            i: Slot(int(offsets[i]), int(generations[i]), tokens[i]) for i in self.writable
+        }
+        self._id: int = reply.reservation
+        self._namespace = namespace
+        self._link = link
+        mask = namespace.grid.mask(region)
+        self._pending = dict.fromkeys(self.writable, mask)
+        self._lost: set[int] = set()
+        self._ended = not self.writable
+
+    def __repr__(self) -> str:
+        return f"Reservation({len(self.writable)} of {len(self.verdicts)} writable)"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.abort()
+
+    # ---- filling -------------------------------------------------------------------------
+
+    def cells(self, index: int) -> Bytes:
+        """The cells of block `index`, writable, straight in the arena:
+        uint8 [layers of the region, heads of the region, pages, page bytes].
+
+        The view stays valid memory for as long as it lives, but drop it once it is filled: while
+        a writable view exists after the session ended, the hub keeps its slots in quarantine.
+        Gone when the session ended; InvalidArgument when `index` was not granted.
+        """
+        slot = self._slot(index)
+        if self._link.lost is not None or not self._link.arena.alive():
+            raise self._link.gone()
+        grid = self._namespace.grid
+        whole = self._link.arena.writing(slot.offset, grid.payload_bytes(slot.tokens))
+        cells = cells_of(whole, grid, slot.tokens, self.region)
+        pages = grid.pages_for(slot.tokens)
+        shape = (self.region.layers, self.region.heads, pages, grid.page_bytes)
+        strides = (*cells.strides[:2], grid.page_bytes, 1)
+        return np.lib.stride_tricks.as_strided(cells, shape, strides)
+
+    async def fill(
+        self,
+        indices: Sequence[int],
+        arrays: Arrays,
+        *,
+        region: Region | None = None,
+        deadline_s: float | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Copy `arrays` (one [layers, heads, cell bytes] of `region` per index) into the arena,
+        hash them while hot, and commit. `region` defaults to the reservation's; pass layer
+        ranges to push layer by layer. Returns CommitVerdict per index.
+        """
+        deadline = self._namespace.deadline(deadline_s)
+        part = region_in(region, self._namespace.grid, self.region)
+        tokens = [self._slot(i).tokens for i in indices]
+        sources = blocks_of("arrays", arrays, tokens, self._namespace.grid, part)
+        work = await self._work(indices, sources, part, deadline)
+        return await self._commit(indices, part, work, deadline)
+
+    async def commit(
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        region: Region | None = None,
+        checksums: Checksums | None = None,
+        deadline_s: float | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Commit cells that were filled through `cells`: all of `indices` (default: everything
+        writable), or a part of the region. Returns CommitVerdict per index: OK, GONE (expired, or
+        another writer of the block was lost; write nothing more), MISMATCH (others committed
+        these cells with other bytes; theirs stay).
+
+        `checksums` (uint64 [indices, cells of region], xxh3-64, layer-major) spares hashing what
+        stands in the arena. Raises Gone when the session ended since.
+        """
+        deadline = self._namespace.deadline(deadline_s)
+        part = region_in(region, self._namespace.grid, self.region)
+        chosen = self.writable if indices is None else list(indices)
+        for index in chosen:
+            self._slot(index)
+        if checksums is None:
+            work = await self._work(chosen, None, part, deadline)
+        else:
+            work = self._writing(chosen, None, part)
+            given = np.asarray(checksums, np.uint64)
+            if given.size != work.sums.size or len(given) != len(chosen):
+                shape = (len(chosen), part.cells)
+                raise InvalidArgument.of("checksums", given.shape, f"shape {shape}")
+            work.sums[:] = given.reshape(work.sums.shape)
+        return await self._commit(chosen, part, work, deadline)
+
+    async def abort(self) -> None:
+        """Give back what was not committed; our copies into it have drained. Never raises for a
+        hub that is away: what it does not hear, it finds out from the liveness lock or the expiry.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        if self._link.lost is not None:
+            return
+        link = self._link
+        with suppress(KVError):
+            if any(self._pending.values()):
+                await self._tell(
+                    "Abort",
+                    pb.AbortRequest(
+                        session=link.session,
+                        client=link.client,
+                        reservation=self._id,
+                        drained=True,
+                    ),
+                )
+            if self._lost:
+                await self._fence()
+
+    async def fence(self) -> int:
+        """Tell the hub that every copy into this reservation has drained, also when it expired:
+        its slots may be used again. The number of slots that this freed. Ends the reservation.
+        """
+        self._ended = True
+        return await self._fence()
+
+    # ---- inside --------------------------------------------------------------------------
+
+    async def _fence(self) -> int:
+        link = self._link
+        reply = await self._tell(
+            "Fence",
+            pb.FenceRequest(session=link.session, client=link.client, reservation=self._id),
+        )
+        return int(reply.slots_freed) if reply is not None else 0
+
+    async def _tell(self, name: str, message: object) -> pb.FenceReply | None:
+        async def make(_: Link) -> object:
+            return message
+
+        try:
+            deadline = self._namespace.deadline(None)
+            _, reply = await self._namespace.session.call(name, make, deadline, link=self._link)
+        except NotFound:  # expired and fenced, or its session ended: nothing is left to tell
+            return None
+        return reply  # type: ignore[no-any-return]
+
+    def _slot(self, index: int) -> Slot:
+        slot = self._slots.get(index)
+        if slot is None:
+            raise InvalidArgument.of("index", index, "one of Reservation.writable")
+        if self._ended:
+            raise Gone("this reservation has ended")
+        return slot
+
+    def _writing(
+        self, indices: Sequence[int], sources: Sequence[Bytes] | None, region: Region
+    ) -> Writing:
+        return Writing(
+            self._link.arena,
+            self._namespace.grid,
+            region,
+            [self._slots[i] for i in indices],
+            sources,
+        )
+
+    async def _work(
+        self,
+        indices: Sequence[int],
+        sources: Sequence[Bytes] | None,
+        region: Region,
+        deadline: Deadline,
+    ) -> Writing:
+        """Copy (or only hash, with no sources) in the copy threads."""
+        if self._link.lost is not None or not self._link.arena.alive():
+            raise self._link.gone()
+        work = self._writing(indices, sources, region)
+        grid, copier = self._namespace.grid, self._namespace.copier
+        layer_bytes = region.heads * grid.cell_bytes()
+        pieces = copier.split(region.layers, layer_bytes, range(len(indices)))
+        async with self._namespace.within(deadline, "copy"):
+            await copier.run(work, pieces)
+        return work
+
+    async def _commit(
+        self, indices: Sequence[int], region: Region, work: Writing, deadline: Deadline
+    ) -> npt.NDArray[np.uint8]:
+        if self._link.lost is not None:
+            raise self._link.gone()
+        verdicts = np.full(len(indices), CommitVerdict.GONE, np.uint8)
+        fresh = np.flatnonzero(~work.stale)
+        limit = max(1, COMMIT_BYTES_MAX // (8 * region.cells))
+        limit = min(limit, self._link.limits.keys_per_call_max)
+        for start in range(0, len(fresh), limit):
+            part = fresh[start : start + limit]
+            chosen = np.fromiter((indices[i] for i in part), "<u4", len(part))
+            sums = work.sums[part].astype("<u8", copy=False)
+            verdicts[part] = await self._send(chosen, sums, region, deadline)
+        mask = self._namespace.grid.mask(region)
+        for index, verdict in zip(indices, verdicts.tolist(), strict=True):
+            if verdict == CommitVerdict.GONE:
+                self._lost.add(index)
+                self._pending[index] = 0
+            else:
+                self._pending[index] &= ~mask
+        if not any(self._pending.values()) and not self._lost:
+            self._ended = True
+        return verdicts
+
+    async def _send(
+        self, indices: npt.NDArray[np.uint32], sums: Checksums, region: Region, deadline: Deadline
+    ) -> npt.NDArray[np.uint8]:
+        async def make(link: Link) -> pb.CommitRequest:
+            return pb.CommitRequest(
+                session=link.session,
+                client=link.client,
+                reservation=self._id,
+                indices=indices.tobytes(),
+                region=region_message(region),
+                checksums=sums.tobytes(),
+            )
+
+        try:
+            _, reply = await self._namespace.session.call(
+                "Commit", make, deadline, link=self._link
+            )
+        except Gone:
+            raise
+        except NotFound:  # the reservation expired: all of it
+            return np.full(len(indices), CommitVerdict.GONE, np.uint8)
+        verdicts: Bytes = np.frombuffer(reply.verdicts, np.uint8)
+        if len(verdicts) != len(indices):
+            raise KVError(f"the hub answered {len(verdicts)} of {len(indices)} blocks")
+        return verdicts
+
+
+def region_message(region: Region) -> pb.Region:
+    return pb.Region(
+        layer_start=region.layer_start,
+        layer_stop=region.layer_stop,
+        head_start=region.head_start,
+        head_stop=region.head_stop,
+    )
+
+
+class Push:
+    """One push: windows of blocks are reserved, copied and committed, each step of one window
+    while the others do theirs. `verdicts` fills with PushVerdict.
+    """
+
+    def __init__(
+        self, namespace: AsyncNamespace, *, hashes: list[bytes], parents: list[bytes],
+        tokens: list[int], sources: list[Bytes], region: Region, durable: bool, wait_s: float,
+        deadline: Deadline,
+    ) -> None:  # fmt: skip
+        self._namespace = namespace
+        self._hashes = hashes
+        self._parents = parents
+        self._tokens = tokens
+        self._sources = sources
+        self._region = region
+        self._durable = durable
+        self._wait_s = wait_s
+        self._deadline = deadline
+        self._open: set[Reservation] = set()
+        self.verdicts = np.full(len(hashes), PushVerdict.NO_SPACE, np.uint8)
+
+    async def run(self) -> None:
+        windows = list(self._windows(range(len(self._hashes))))
+        tasks: list[asyncio.Task[object]] = []
+        try:
+            await self._pipelined(windows, tasks)
+            if len(windows) > 1:
+                # Windows that overlapped stood in each other's way: once more, one at a time.
+                again = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
+                for window in self._windows(again):
+                    reservation = await self._reserve(window)
+                    await self._finish(window, reservation, await self._copy(window, reservation))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for reservation in self._open:
+                self._namespace.session.background(reservation.abort())
+            raise
+
+    async def _pipelined(
+        self, windows: list[list[int]], tasks: list[asyncio.Task[object]]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        reserving = loop.create_task(self._reserve(windows[0]))
+        tasks.append(reserving)
+        finishing: list[asyncio.Task[None]] = []
+        for number, window in enumerate(windows):
+            reservation = await reserving
+            if number + 1 < len(windows):
+                if len(finishing) > 1:
+                    await finishing.pop(0)
+                reserving = loop.create_task(self._reserve(windows[number + 1]))
+                tasks.append(reserving)
+            work = await self._copy(window, reservation)
+            finishing.append(loop.create_task(self._finish(window, reservation, work)))
+            tasks.append(finishing[-1])
+        for task in finishing:
+            await task
+
+    def _windows(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        grid = self._namespace.grid
+        limits = self._namespace.session.link.limits
+        room = min(PUSH_WINDOW_BYTES, max(limits.window_bytes_max // 2, 1))
+        window: list[int] = []
+        used = 0
+        for index in indices:
+            size = grid.region_bytes(self._region, self._tokens[index])
+            if window and (used + size > room or len(window) >= limits.keys_per_call_max):
+                yield window
+                window, used = [], 0
+            window.append(index)
+            used += size
+        if window:
+            yield window
+
+    async def _reserve(self, window: list[int]) -> Reservation:
+        reservation = await self._namespace.reserve(
+            [self._hashes[i] for i in window],
+            [self._parents[i] for i in window],
+            tokens=[self._tokens[i] for i in window],
+            region=self._region,
+            wait_s=self._wait_s,
+            durable=self._durable,
+            deadline_s=self._deadline.left(),
+        )
+        self._open.add(reservation)
+        for position, index in enumerate(window):
+            self.verdicts[index] = reservation.verdicts[position]  # WRITE until it is committed
+        return reservation
+
+    async def _copy(self, window: list[int], reservation: Reservation) -> Writing | None:
+        if not reservation.writable:
+            return None
+        sources = [self._sources[window[position]] for position in reservation.writable]
+        return await reservation._work(
+            reservation.writable, sources, self._region, self._deadline
+        )
+
+    async def _finish(
+        self, window: list[int], reservation: Reservation, work: Writing | None
+    ) -> None:
+        if work is not None:
+            answers = await reservation._commit(
+                reservation.writable, self._region, work, self._deadline
+            )
+            for position, answer in zip(reservation.writable, answers.tolist(), strict=True):
+                self.verdicts[window[position]] = _PUSHED[answer]
+        await reservation.abort()
+        self._open.discard(reservation)
+
+
+_PUSHED = {
+    int(CommitVerdict.OK): PushVerdict.WRITTEN,
+    int(CommitVerdict.GONE): PushVerdict.GONE,
+    int(CommitVerdict.MISMATCH): PushVerdict.MISMATCH,
+}

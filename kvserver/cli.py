@@ -1,0 +1,250 @@
+"""The command line: start a server, look into one, check or remove what one left behind.
+
+Exit statuses: 0 done, 1 the command found something bad or the server refused, 2 wrong usage or
+configuration, 3 the server cannot be reached.
+
+Rule 1: a command that deletes names exactly one thing, and says what it removed.
+Rule 2: commands that talk to a server use the Admin service, never the server's files; `check` and
+`purge` use the files and refuse while a server holds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from kvproto.errors import FieldError
+from kvproto.v1 import kvserver_pb2 as pb
+from kvproto.v1 import kvserver_pb2_grpc
+
+import kvserver
+from kvserver import config, tables
+
+EXIT_OK, EXIT_BAD, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
+_EPILOG = """\
+examples:
+  kvserver serve --host-bytes 32GiB --disk-path /nvme/kv --disk-bytes 500GiB
+  kvserver stats --watch
+  kvserver namespaces --json
+  kvserver evict 3fa91c
+  kvserver check --host-dir /dev/shm/kvserver-50051 --disk-path /nvme/kv
+
+exit status: 0 done; 1 something bad was found or the server refused; 2 wrong usage or
+configuration; 3 the server cannot be reached.
+"""
+
+
+class CommandError(Exception):
+    """Ends the command with a message and an exit status."""
+
+    def __init__(self, message: str, status: int = EXIT_BAD) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
+    except CommandError as error:
+        print(f"kvserver: {error}", file=sys.stderr)
+        return error.status
+    except FieldError as error:
+        print(f"kvserver: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_OK
+    except BrokenPipeError:  # `kvserver stats | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+# ---- the parser ------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvserver",
+        description="A KV-cache hub for LLM serving.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kvserver {kvserver.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    stats = _add_client_command(commands, "stats", _stats, "show tiers, sessions and counters")
+    stats.add_argument("--watch", action="store_true", help="repeat until interrupted")
+    stats.add_argument(
+        "--interval-s", type=_seconds, default=2.0, help="pause between repeats (default 2)"
+    )
+    _add_client_command(commands, "namespaces", _namespaces, "list the namespaces")
+    evict = _add_client_command(commands, "evict", _evict, "evict the blocks of one namespace")
+    evict.add_argument("namespace", help="the namespace's id, or the first 4 or more digits of it")
+    evict.add_argument("--drop", action="store_true", help="forget the namespace as well")
+    _add_files_command(commands, "check", _check, "verify every block of a stopped server's files")
+    purge = _add_files_command(commands, "purge", _purge, "remove a stopped server's files")
+    purge.add_argument("--yes", action="store_true", help="do it; without it, only say what")
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="run a server",
+        description="Run a server until SIGTERM or SIGINT. Every option can also be set in the"
+        " environment (KVSERVER_HOST_BYTES) or in a TOML file (host_bytes = \"32GiB\"); the command"
+        " line wins, then the environment, then the file.",
+        epilog="example: kvserver serve --host-bytes 32GiB --disk-path /nvme/kv --disk-bytes 500GiB",
+    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("--config", metavar="FILE", help="TOML file with options")
+    groups: dict[str, Any] = {}
+    for name, option in config.option_table().items():
+        group = groups.setdefault(option["group"], serve.add_argument_group(option["group"]))
+        default = option["default"]
+        flag = isinstance(default, bool)
+        group.add_argument(
+            config.flag_of(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="true|false" if flag else name.rpartition("_")[2].upper(),
+            help=f"{option['help']} (default: {_shown_default(name, default)})".replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if flag else {}),
+        )
+
+
+def _shown_default(name: str, default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, int) and "bytes" in name and default:
+        return config.format_bytes(default).replace(" ", "")
+    return str(default) if default != "" else "none"
+
+
+def _add_client_command(
+    commands: Any, name: str, run: Callable[..., int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("KVSERVER_ADDRESS", "127.0.0.1:50051"),
+        help="the server, host:port (default: $KVSERVER_ADDRESS or 127.0.0.1:50051)",
+    )
+    parser.add_argument(
+        "--timeout-s", type=_seconds, default=10.0, help="deadline of a call (default 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_files_command(
+    commands: Any, name: str, run: Callable[..., int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--host-dir", type=Path, help="the server's host_dir")
+    parser.add_argument("--disk-path", type=Path, help="the server's disk_path")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 3600 seconds")
+    return value
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from kvserver import server
+
+    flags = {k: v for k, v in vars(parsed).items() if k in config.option_table()}
+    file = parsed.config or os.environ.get("KVSERVER_CONFIG") or None
+    settings = config.load(flags, environment=os.environ, file=file)
+    try:
+        return asyncio.run(server.run(settings))
+    except server.StartError as error:
+        raise CommandError(str(error)) from error
+
+
+def _call(parsed: argparse.Namespace, method: str, request: Any) -> Any:
+    with grpc.insecure_channel(parsed.address) as channel:
+        stub = kvserver_pb2_grpc.AdminStub(channel)
+        try:
+            return getattr(stub, method)(request, timeout=parsed.timeout_s)
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details()
+            lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            status = EXIT_UNREACHABLE if code in lost else EXIT_BAD
+            raise CommandError(f"{parsed.address}: {code.name}: {details}", status) from None
+
+
+def _print_json(message: Any) -> None:
+    fields = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    print(json.dumps(fields, indent=2))
+
+
+def _stats(parsed: argparse.Namespace) -> int:
+    while True:
+        reply = _call(parsed, "Stats", pb.StatsRequest())
+        if parsed.watch and not parsed.json and sys.stdout.isatty():
+            print("\x1b[2J\x1b[H", end="")
+        if parsed.json:
+            _print_json(reply)
+        else:
+            print(tables.stats(reply))
+        if not parsed.watch:
+            return EXIT_OK
+        sys.stdout.flush()
+        time.sleep(parsed.interval_s)
+
+
+def _namespaces(parsed: argparse.Namespace) -> int:
+    reply = _call(parsed, "ListNamespaces", pb.ListNamespacesRequest())
+    if parsed.json:
+        _print_json(reply)
+    else:
+        print(tables.namespaces(reply.namespaces))
+    return EXIT_OK
+
+
+def _evict(parsed: argparse.Namespace) -> int:
+    prefix = parsed.namespace.lower()
+    if not 4 <= len(prefix) <= 64 or not set(prefix) <= set("0123456789abcdef"):
+        raise CommandError(
+            f"namespace {parsed.namespace!r} must be 4 to 64 hexadecimal digits", EXIT_USAGE
+        )
+    known = _call(parsed, "ListNamespaces", pb.ListNamespacesRequest()).namespaces
+    matching = [n.namespace_id for n in known if n.namespace_id.hex().startswith(prefix)]
+    if len(matching) != 1:
+        found = ", ".join(m.hex()[:16] for m in matching[:8]) or "none"
+        raise CommandError(f"{prefix} must name one namespace; it matches: {found}")
+    namespace_id = matching[0]
+    if parsed.drop:
+        reply = _call(parsed, "DropNamespace", pb.DropNamespaceRequest(namespace_id=namespace_id))
+    else:
+        reply = _call(parsed, "Evict", pb.EvictRequest(namespace_id=namespace_id))
+    if parsed.json:
+        _print_json(reply)
+    else:
+        size = config.format_bytes(reply.bytes)
+        print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}")
+    return EXIT_OK

@@ -1,0 +1,311 @@
+"""The driver owns the hub on the event loop and carries out what it decides.
+
+Rule 1: `Hub.handle` runs on the loop's thread only, one event at a time, and the instructions it
+returns are carried out in order before the next event: no await stands between them.
+Rule 2: directory entries are written here, inline; bytes are copied by the mover's threads, whose
+results come back through `post`, one wake-up of the loop for a whole batch.
+Rule 3: a caller that went away never leaves something behind: its stream is cancelled, and a
+reservation that nobody heard of is aborted.
+Rule 4: an exception here is a bug of ours. It is logged as an incident, the request concerned
+fails, the server goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvserver.core.events import (
+    Abort,
+    Acquire,
+    AcquireResult,
+    Answer,
+    CancelAcquire,
+    CellsCommitted,
+    ClientDead,
+    Commit,
+    CommitResult,
+    CommitVerdict,
+    Copy,
+    EntryInvalid,
+    EntryReserved,
+    Event,
+    Granted,
+    Instruction,
+    Place,
+    Refusal,
+    Reserve,
+    ReserveResult,
+    Stalled,
+    Tick,
+    Tier,
+    Verify,
+)
+from kvserver.core.hub import Hub
+from kvserver.runtime import failpoints
+
+TICK_S = 0.05
+STALL_S = 1.0
+SUSPECTS_S = 1.0
+Result = TypeVar("Result")
+Checksums = npt.NDArray[np.uint64]
+
+
+class Entries(Protocol):
+    """Writes the host arena's directory and slot trailers (`kvserver.runtime.entries`)."""
+
+    def reserved(self, place: Place, clients: tuple[int, ...]) -> None: ...
+
+    def invalid(self, place: Place) -> None: ...
+
+    def committed(self, instruction: CellsCommitted, checksums: Checksums) -> bool: ...
+
+
+class Jobs(Protocol):
+    """Takes what needs a thread (`kvserver.runtime.mover`); answers with `Driver.post`."""
+
+    def submit(self, job: Copy | Verify) -> None: ...
+
+    def forget(self, place: Place) -> None: ...
+
+
+class Driver:
+    """See the module's rules. `report(where, error)` is told of every incident."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        entries: Entries,
+        report: Callable[[str, BaseException], None],
+        is_dead: Callable[[int], bool],
+        clock: Callable[[], float] = time.monotonic,
+        log: logging.Logger,
+    ) -> None:
+        self.hub = hub
+        self._entries = entries
+        self._jobs: Jobs | None = None
+        self._report = report
+        self._is_dead = is_dead
+        self._clock = clock
+        self._log = log
+        self._tickets = itertools.count(1)
+        self._open: dict[int, asyncio.Future[Any]] = {}
+        self._streams: dict[int, asyncio.Queue[Granted | AcquireResult | Exception]] = {}
+        self._checksums: dict[int, Checksums] = {}
+        self._mismatched: dict[int, set[int]] = {}
+        self._unheard: dict[int, Reserve] = {}
+        self._posted: list[Event] = []
+        self._posted_lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._last = clock()
+        self.stalls = 0
+
+    # ---- life ----------------------------------------------------------------------------
+
+    def attach(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    def start(self) -> None:
+        """Begin ticking; call it on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._last = self._clock()
+        self._ticker = self._loop.create_task(self._tick(), name="driver-tick")
+        self._take_posted()
+
+    async def stop(self) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        with self._posted_lock:
+            self._loop = None
+
+    # ---- requests ------------------------------------------------------------------------
+
+    def ticket(self) -> int:
+        return next(self._tickets)
+
+    async def ask(self, event: Any, kind: type[Result]) -> Result:
+        """The Answer to a request, checked to be a `kind`. Raises the core's refusal."""
+        ticket: int = event.ticket
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[ticket] = future
+        try:
+            self.tell(event)
+            result = await future
+        except asyncio.CancelledError:
+            self._abandon(event, future)
+            raise
+        finally:
+            self._open.pop(ticket, None)
+        assert isinstance(result, kind), (event, result)
+        return result
+
+    async def commit(self, event: Commit, checksums: Checksums) -> CommitResult:
+        """A Commit with its checksums, shape [len(indices), cells of the region]."""
+        self._checksums[event.ticket] = checksums
+        self._mismatched[event.ticket] = set()
+        try:
+            result = await self.ask(event, CommitResult)
+            mismatched = self._mismatched[event.ticket]
+        finally:
+            del self._checksums[event.ticket], self._mismatched[event.ticket]
+        if not mismatched:
+            return result
+        verdicts = list(result.verdicts)
+        for index in mismatched:
+            if verdicts[index] is CommitVerdict.OK:
+                verdicts[index] = CommitVerdict.MISMATCH
+        return CommitResult(verdicts, result.completed)
+
+    async def acquire(self, event: Acquire) -> AsyncIterator[Granted | AcquireResult]:
+        """The stream of an Acquire; closing it early cancels it in the core.
+
+        What waits in the queue is bounded by the blocks asked for, each is in it at most once.
+        """
+        queue: asyncio.Queue[Granted | AcquireResult | Exception] = asyncio.Queue(
+            maxsize=2 * len(event.hashes) + 2
+        )
+        self._streams[event.ticket] = queue
+        try:
+            self.tell(event)
+            while True:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if isinstance(item, AcquireResult):
+                    return
+        finally:
+            if self._streams.pop(event.ticket, None) is not None:
+                self.tell(CancelAcquire(event.ticket))
+
+    def _abandon(self, event: object, future: asyncio.Future[Any]) -> None:
+        if not isinstance(event, Reserve):
+            return
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._abort_unheard(event, future.result())
+        else:
+            self._unheard[event.ticket] = event
+
+    def _abort_unheard(self, event: Reserve, result: ReserveResult) -> None:
+        if result.reservation:
+            # Posted, not told: this may run between two instructions.
+            ticket = self.ticket()
+            self.post(Abort(ticket, event.session, result.reservation, drained=True))
+
+    # ---- events --------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        """Hand one event to the hub and carry out what it decides. On the loop's thread."""
+        now = self._clock()
+        gap, self._last = now - self._last, now
+        if gap > STALL_S:
+            self.stalls += 1
+            self._log.warning("stalled", extra={"fields": {"seconds": round(gap, 3)}})
+            self._carry_out_all(self.hub.handle(Stalled(gap), now))
+        self._carry_out_all(self.hub.handle(event, now))
+
+    def post(self, event: Event) -> None:
+        """Hand over an event from any thread. After `stop` it is dropped."""
+        with self._posted_lock:
+            self._posted.append(event)
+            if len(self._posted) == 1 and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._take_posted)
+
+    def _take_posted(self) -> None:
+        with self._posted_lock:
+            events, self._posted = self._posted, []
+        for event in events:
+            try:
+                self.tell(event)
+            except Exception as error:
+                self._report(type(event).__name__, error)
+
+    async def _tick(self) -> None:
+        suspects_at = 0.0
+        while True:
+            try:
+                self.tell(Tick())
+                if self._last >= suspects_at:
+                    suspects_at = self._last + SUSPECTS_S
+                    self._poll_suspects()
+            except Exception as error:
+                self._report("tick", error)
+            deadline = self.hub.next_deadline()
+            ahead = TICK_S if deadline is None else deadline - self._clock()
+            await asyncio.sleep(min(TICK_S, max(0.002, ahead)))
+
+    def _poll_suspects(self) -> None:
+        for client in sorted(self.hub.suspects()):
+            if self._is_dead(client):
+                self.tell(ClientDead(client))
+
+    # ---- instructions --------------------------------------------------------------------
+
+    def _carry_out_all(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            try:
+                self._carry_out(instruction)
+            except Exception as error:
+                self._report(type(instruction).__name__, error)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Answer(ticket, result):
+                self._answer(ticket, result)
+            case Refusal(ticket, error):
+                self._refuse(ticket, error)
+            case Granted(ticket=ticket):
+                if ticket in self._streams:
+                    self._streams[ticket].put_nowait(instruction)
+            case CellsCommitted():
+                self._commit_cells(instruction)
+            case EntryReserved(place, clients):
+                self._entries.reserved(place, clients)
+                failpoints.hit("reserve.after_entry")
+            case EntryInvalid(place):
+                if place.tier is Tier.DISK:
+                    self._running_jobs().forget(place)
+                elif place.tier is Tier.HOST:
+                    self._entries.invalid(place)
+            case Copy() | Verify():
+                self._running_jobs().submit(instruction)
+
+    def _running_jobs(self) -> Jobs:
+        assert self._jobs is not None, "attach() comes first"
+        return self._jobs
+
+    def _commit_cells(self, instruction: CellsCommitted) -> None:
+        checksums = self._checksums[instruction.ticket][instruction.index]
+        if not self._entries.committed(instruction, checksums):
+            self._mismatched[instruction.ticket].add(instruction.index)
+
+    def _answer(self, ticket: int, result: object) -> None:
+        if ticket in self._streams:
+            self._streams.pop(ticket).put_nowait(result)  # type: ignore[arg-type]
+            return
+        future = self._open.get(ticket)
+        if future is not None and not future.done():
+            future.set_result(result)
+        elif ticket in self._unheard:
+            assert isinstance(result, ReserveResult)
+            self._abort_unheard(self._unheard.pop(ticket), result)
+
+    def _refuse(self, ticket: int, error: Exception) -> None:
+        self._unheard.pop(ticket, None)
+        if ticket in self._streams:
+            self._streams.pop(ticket).put_nowait(error)
+            return
+        future = self._open.get(ticket)
+        if future is not None and not future.done():
+            future.set_exception(error)

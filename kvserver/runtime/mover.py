@@ -1,0 +1,212 @@
+"""Threads that move bytes for the driver: a pool for copies and checks, one thread for the disk.
+
+Rule 1: every job is answered by exactly one JobDone, whatever happens; after `close` too, for jobs
+that had begun.
+Rule 2: only the disk thread writes the slot file and the journal, so their order needs no locks.
+Reads of the slot file run in the pool beside it.
+Rule 3: when the disk tier goes down, its jobs fail at once until it has come back; the disk thread
+tries every REOPEN_S seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from kvproto.namespace import NamespaceSpec
+
+from kvserver.core.events import (
+    Copy,
+    Event,
+    JobDone,
+    JobKind,
+    Place,
+    Tier,
+    TierUp,
+    Verify,
+)
+from kvserver.journal.record import DiskRecord
+from kvserver.runtime.copies import Copies, Shape
+from kvserver.runtime.disk import DiskDown, DiskTier, Spill
+from kvserver.tiers.entry import ValidEntry
+from kvserver.tiers.host import HostArena
+
+REOPEN_S = 3.0
+BATCH_BLOCKS_MAX = 64
+BATCH_BYTES_MAX = 64 << 20
+
+
+class Mover:
+    """`post` takes events from any thread; `report(where, error)` is told of every incident."""
+
+    def __init__(
+        self,
+        host: HostArena,
+        copies: Copies,
+        disk: DiskTier | None,
+        *,
+        threads: int,
+        spec_of: Callable[[int], NamespaceSpec],
+        post: Callable[[Event], None],
+        report: Callable[[str, BaseException], object],
+        log: logging.Logger,
+        reopen_s: float = REOPEN_S,
+    ) -> None:
+        self._host = host
+        self._copies = copies
+        self._disk = disk
+        self._spec_of = spec_of
+        self._post = post
+        self._report = report
+        self._log = log
+        self._reopen_s = reopen_s
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mover")
+        self._spills: deque[tuple[Copy, NamespaceSpec]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._dirty = False  # something waits for the disk thread besides spills
+        self._new_specs: deque[NamespaceSpec] = deque()
+        self._retry_at = 0.0
+        self._disk_thread: threading.Thread | None = None
+        if disk is not None:
+            self._disk_thread = threading.Thread(target=self._run_disk, name="mover-disk")
+            self._disk_thread.start()
+
+    # ---- called on the loop's thread -----------------------------------------------------------
+
+    def submit(self, job: Copy | Verify) -> None:
+        """Begin a job; its JobDone is posted when it has ended."""
+        spec = self._spec_of(job.info.namespace)
+        if isinstance(job, Copy) and job.kind is JobKind.SPILL:
+            with self._wake:
+                self._spills.append((job, spec))
+                self._wake.notify()
+        else:
+            self._pool.submit(self._run_job, job, spec)
+
+    def forget(self, place: Place) -> None:
+        """A disk slot's block has left: its record goes, at the latest before its bytes change."""
+        assert place.tier is Tier.DISK and self._disk is not None, place
+        self._disk.forget([place.offset])
+        with self._wake:
+            self._dirty = True
+            self._wake.notify()
+
+    def add_namespace(self, spec: NamespaceSpec) -> None:
+        """The journal learns of it before any record that names it."""
+        if self._disk is not None:
+            with self._wake:
+                self._new_specs.append(spec)
+                self._wake.notify()
+
+    def close(self) -> None:
+        """Finish what has begun and what waits; then the threads end."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._disk_thread is not None:
+            self._disk_thread.join()
+        self._pool.shutdown(wait=True)
+        if self._disk is not None:
+            self._disk.close()
+
+    # ---- the pool --------------------------------------------------------------------------
+
+    def _run_job(self, job: Copy | Verify, spec: NamespaceSpec) -> None:
+        try:
+            done = self._copies.carry_out(job, spec)
+        except (DiskDown, OSError) as error:
+            done = JobDone(job.job, str(error))
+        except Exception as error:
+            self._report(type(job).__name__, error)
+            done = JobDone(job.job, f"internal error: {error!r}")
+        self._post(done)
+
+    # ---- the disk thread ---------------------------------------------------------------------
+
+    def _run_disk(self) -> None:
+        disk = self._disk
+        assert disk is not None
+        while True:
+            with self._wake:
+                timeout = None if disk.up else self._reopen_s
+                self._wake.wait_for(self._has_work, timeout)
+                batch, specs = self._take_batch(), list(self._new_specs)
+                self._new_specs.clear()
+                dirty, self._dirty = self._dirty, False
+                if self._closing and not batch and not specs and not dirty:
+                    return
+            try:
+                ended = self._serve_disk(disk, batch, specs, dirty=dirty)
+            except Exception as error:
+                self._report("disk thread", error)
+                ended = [JobDone(job.job, f"internal error: {error!r}") for job, _ in batch]
+            for done in ended:
+                self._post(done)
+
+    def _has_work(self) -> bool:
+        return bool(self._spills or self._new_specs or self._dirty or self._closing)
+
+    def _take_batch(self) -> list[tuple[Copy, NamespaceSpec]]:
+        batch: list[tuple[Copy, NamespaceSpec]] = []
+        total = 0
+        while self._spills and len(batch) < BATCH_BLOCKS_MAX and total < BATCH_BYTES_MAX:
+            batch.append(self._spills.popleft())
+            total += batch[-1][0].source.slot_bytes
+        return batch
+
+    def _serve_disk(
+        self,
+        disk: DiskTier,
+        batch: list[tuple[Copy, NamespaceSpec]],
+        specs: list[NamespaceSpec],
+        *,
+        dirty: bool,
+    ) -> list[JobDone]:
+        for spec in specs:
+            disk.add_namespace(spec)
+        if not disk.up:
+            self._come_back(disk)
+        ready = [spill for job, spec in batch if (spill := self._prepare(job, spec))]
+        error = ""
+        try:
+            if ready:
+                disk.spill(ready)
+            elif dirty:
+                disk.flush_forgotten()
+        except DiskDown as down:
+            error = str(down)
+        written = {spill.copy.job for spill in ready}
+        changed = "the source has changed"
+        return [JobDone(job.job, error if job.job in written else changed) for job, _ in batch]
+
+    def _prepare(self, job: Copy, spec: NamespaceSpec) -> Spill | None:
+        entry = self._host.read_entry(job.source.offset)
+        if not isinstance(entry, ValidEntry) or entry.generation != job.source.generation:
+            return None
+        info, target = job.info, job.target
+        record = DiskRecord(
+            target.offset,
+            target.slot_bytes,
+            target.generation,
+            spec.tag,
+            info.key,
+            info.parent,
+            info.tokens,
+            entry.root,
+        )
+        view = self._host.slot(job.source.offset, Shape.of(spec, info).io_bytes)
+        return Spill(job, view, record)
+
+    def _come_back(self, disk: DiskTier) -> None:
+        now = time.monotonic()
+        if self._closing or now < self._retry_at:
+            return
+        self._retry_at = now + self._reopen_s
+        if disk.reopen():
+            self._log.warning("disk_up")
+            self._post(TierUp(Tier.DISK))

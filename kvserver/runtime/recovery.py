@@ -1,0 +1,109 @@
+"""What a start finds: blocks in the host arena and on disk, and slots that somebody may still write.
+
+Rule 1: recovery tells, the core decides: what is found becomes Restore events, and what the core
+does not take it answers with EntryInvalid.
+Rule 2: a RESERVED entry is quarantined while one of its writers lives, otherwise cleared.
+Rule 3: nothing found here stops the start. What is dropped is counted by reason and logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvproto.errors import FieldError
+from kvproto.namespace import NamespaceSpec
+
+from kvserver.core.events import (
+    Event,
+    RestoreBlocks,
+    RestoreDone,
+    RestoredBlock,
+    RestoreNamespace,
+    RestoreQuarantined,
+    Tier,
+)
+from kvserver.journal.record import DiskRecord
+from kvserver.tiers.entry import ValidEntry
+from kvserver.tiers.host import HostArena
+from kvserver.tiers.liveness import Liveness
+
+BATCH_BLOCKS = 10_000
+Tell = Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class Recovered:
+    """How much was found, and what was dropped, by reason."""
+
+    namespaces: int = 0
+    host_blocks: int = 0
+    disk_blocks: int = 0
+    quarantined: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def restore_namespaces(canonicals: Sequence[bytes], tell: Tell, found: Recovered) -> list[NamespaceSpec]:
+    """Tell the core of every namespace that can be decoded; those specs, without repetition."""
+    specs: dict[bytes, NamespaceSpec] = {}
+    for canonical in canonicals:
+        try:
+            spec = NamespaceSpec.decode(canonical)
+        except FieldError:
+            found.drop("unreadable namespace")
+            continue
+        specs.setdefault(spec.id, spec)
+    for spec in specs.values():
+        tell(RestoreNamespace(spec))
+    found.namespaces = len(specs)
+    return list(specs.values())
+
+
+def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recovered) -> None:
+    """Tell the core what the arena's directory says."""
+    valid, reserved, damaged = host.scan()
+    found.drop("damaged host entry", damaged)
+    _restore_blocks(Tier.HOST, valid, tell)
+    found.host_blocks = len(valid)
+    for entry in reserved:
+        for client in entry.clients:
+            liveness.raise_floor(client)
+        living = [client for client in entry.clients if not liveness.is_dead(client)]
+        if living:
+            tell(RestoreQuarantined(entry.offset, entry.slot_bytes, entry.generation, living))
+            found.quarantined += 1
+        else:
+            host.write_invalid(entry.offset, entry.generation)
+            found.drop("unfinished block")
+    tell(RestoreDone(Tier.HOST, host.generation_max))
+
+
+def restore_disk(records: Sequence[DiskRecord], tell: Tell, found: Recovered) -> None:
+    """Tell the core what the journal says."""
+    _restore_blocks(Tier.DISK, records, tell)
+    found.disk_blocks = len(records)
+    tell(RestoreDone(Tier.DISK, max((r.generation for r in records), default=0)))
+
+
+def _restore_blocks(
+    tier: Tier, entries: Sequence[ValidEntry] | Sequence[DiskRecord], tell: Tell
+) -> None:
+    for start in range(0, len(entries), BATCH_BLOCKS):
+        blocks = [
+            RestoredBlock(
+                entry.tag,
+                entry.key,
+                entry.parent,
+                entry.tokens,
+                entry.offset,
+                entry.slot_bytes,
+                entry.generation,
+            )
+            for entry in entries[start : start + BATCH_BLOCKS]
+        ]
+        tell(RestoreBlocks(tier, blocks))

@@ -1,0 +1,310 @@
+"""The data path's handlers: check the message, ask the core, pack the answer.
+
+Rule 1: a handler validates every field before it asks for anything, so a refused call changes
+nothing.
+Rule 2: handlers hold no state. Sessions are in `runtime.sessions`, all else is the core's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from kvproto.errors import FieldError
+from kvproto.namespace import TEXT_BYTES_MAX
+from kvproto.v1 import kvserver_pb2 as pb
+from kvproto.v1 import kvserver_pb2_grpc
+
+import kvserver
+from kvserver.core import events
+from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.runtime import failpoints
+from kvserver.runtime.node import Node
+from kvserver.runtime.sessions import TOKEN_BYTES, Session
+from kvserver.service import convert
+from kvserver.service.calls import Servicer, streaming, unary
+
+PROTOCOL_VERSION = 1
+Offers = Callable[[Session], list[pb.TransportOffer]]
+
+
+class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
+    """`offers(session)` names the transports that a session may use."""
+
+    def __init__(self, node: Node, *, limits: pb.Limits, offers: Offers, **base: Any) -> None:
+        super().__init__(**base)
+        self._node = node
+        self._driver = node.driver
+        self._limits = limits
+        self._offers = offers
+
+    # ---- sessions --------------------------------------------------------------------------
+
+    @unary
+    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise CoreError(
+                ErrorKind.CONFLICT,
+                f"the client speaks protocol {request.protocol_version}, this server"
+                f" (kvserver {kvserver.__version__}) speaks {PROTOCOL_VERSION}",
+                field="protocol_version",
+                limit=PROTOCOL_VERSION,
+            )
+        name = convert.text_from("client_name", request.client_name)
+        version = convert.text_from("client_version", request.client_version)
+        tenant = convert.text_from("tenant", request.tenant, bytes_max=TEXT_BYTES_MAX)
+        if request.join_token:
+            session = await self._join(request, tenant)
+        else:
+            session = await self._node.open_session(tenant=tenant, name=name, version=version)
+        client = await self._node.join_session(session)
+        return pb.HelloReply(
+            session=session.id,
+            client=client,
+            token=session.token,
+            epoch=self._node.epoch,
+            arena_id=self._node.arena_id,
+            server_version=kvserver.__version__,
+            protocol_version=PROTOCOL_VERSION,
+            limits=self._limits,
+            transports=self._offers(session),
+        )
+
+    async def _join(self, request: pb.HelloRequest, tenant: str) -> Session:
+        token = convert.id_from("join_token", request.join_token, length=TOKEN_BYTES)
+        session = self._node.sessions.by_token(token)
+        if tenant != session.tenant:
+            raise FieldError("tenant", tenant, "the tenant of the session that is joined")
+        return session
+
+    @unary
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
+        session = self._session(request.session)
+        if request.client:
+            session.check_client(request.client)
+        ticket = self._driver.ticket()
+        await self._driver.ask(events.Heartbeat(ticket, session.id), type(None))
+        return pb.HeartbeatReply(epoch=self._node.epoch, draining=self._node.draining)
+
+    @unary
+    async def Goodbye(self, request: pb.GoodbyeRequest, context: Any) -> pb.GoodbyeReply:
+        session = self._session(request.session)
+        client = session.check_client(request.client)
+        await self._node.leave_session(session, client, drained=request.drained)
+        return pb.GoodbyeReply()
+
+    def _session(self, session: int) -> Session:
+        return self._node.sessions.get(session)
+
+    # ---- namespaces ------------------------------------------------------------------------
+
+    @unary
+    async def OpenNamespace(
+        self, request: pb.OpenNamespaceRequest, context: Any
+    ) -> pb.OpenNamespaceReply:
+        session = self._session(request.session)
+        spec = convert.spec_from(request.spec)
+        handle, near_misses = await self._node.open_namespace(session, spec)
+        slot_bytes = self._driver.hub.slot_class_bytes(spec.grid.slot_bytes())
+        return pb.OpenNamespaceReply(
+            handle=handle,
+            namespace_id=spec.id,
+            geometry=convert.geometry_to(spec.grid, slot_bytes),
+            near_misses=near_misses,
+        )
+
+    # ---- lookup and announce ---------------------------------------------------------------
+
+    @unary
+    async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:
+        session = self._session(request.session)
+        spec = session.spec(request.namespace)
+        event = events.Lookup(
+            self._driver.ticket(),
+            session.id,
+            request.namespace,
+            self._hashes("hashes", request.hashes),
+            need=convert.needs_from(request.need, spec.grid),
+            pin=self._seconds("lease_ms_max", request.pin_ms),
+        )
+        result = await self._driver.ask(event, events.LookupResult)
+        return pb.LookupReply(
+            usable_blocks=result.usable_blocks,
+            live_blocks=result.live_blocks,
+            states=result.states,
+            tiers=result.tiers,
+            lease=result.lease,
+            lease_ms=convert.milliseconds(result.lease_seconds),
+        )
+
+    @unary
+    async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceReply:
+        session = self._session(request.session)
+        session.spec(request.namespace)
+        event = events.Announce(
+            self._driver.ticket(),
+            session.id,
+            request.namespace,
+            self._hashes("hashes", request.hashes),
+            ttl=self._seconds("announce_ttl_ms_max", request.ttl_ms, zero_is_max=True),
+        )
+        return pb.AnnounceReply(announced=await self._driver.ask(event, int))
+
+    # ---- writing -----------------------------------------------------------------------------
+
+    @unary
+    async def Reserve(self, request: pb.ReserveRequest, context: Any) -> pb.ReserveReply:
+        session = self._session(request.session)
+        spec = session.spec(request.namespace)
+        hashes = self._hashes("hashes", request.hashes)
+        parents = self._hashes("parents", request.parents)
+        if len(parents) != len(hashes):
+            raise FieldError("parents", len(parents), f"as many as hashes ({len(hashes)})")
+        tokens: list[int] = []
+        if request.tokens:
+            tokens = convert.numbers_from(
+                "tokens", request.tokens, "<u4", count=len(hashes)
+            ).tolist()
+            if not 1 <= min(tokens) <= max(tokens) <= spec.block_tokens:
+                wrong = next(t for t in tokens if not 1 <= t <= spec.block_tokens)
+                raise FieldError("tokens", wrong, f"from 1 to {spec.block_tokens} (block_tokens)")
+        event = events.Reserve(
+            self._driver.ticket(),
+            session.id,
+            session.check_client(request.client),
+            request.namespace,
+            hashes,
+            parents,
+            tokens,
+            convert.region_within(request.region, spec.grid),
+            ttl=self._seconds("reservation_ms_max", request.ttl_ms, zero_is_max=True),
+            wait=self._seconds("wait_ms_max", request.wait_ms),
+            durable=request.durable,
+        )
+        result = await self._driver.ask(event, events.ReserveResult)
+        offsets, generations = convert.places_to(result.places)
+        return pb.ReserveReply(
+            reservation=result.reservation,
+            ttl_ms=convert.milliseconds(result.ttl),
+            verdicts=bytes(result.verdicts),
+            offsets=offsets,
+            generations=generations,
+        )
+
+    @unary
+    async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitReply:
+        session = self._session(request.session)
+        session.check_client(request.client)
+        indices = convert.numbers_from(
+            "indices", request.indices, "<u4", count_max=self._limits.keys_per_call_max
+        ).tolist()
+        region = convert.region_from(request.region)
+        checksums = convert.numbers_from(
+            "checksums", request.checksums, "<u8", count=len(indices) * region.cells
+        ).reshape(len(indices), region.cells)
+        event = events.Commit(
+            self._driver.ticket(), session.id, request.reservation, indices, region
+        )
+        result = await self._driver.commit(event, checksums)
+        failpoints.hit("commit.after_valid")
+        return pb.CommitReply(verdicts=bytes(result.verdicts), completed=result.completed)
+
+    @unary
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:
+        session = self._session(request.session)
+        session.check_client(request.client)
+        ticket = self._driver.ticket()
+        event = events.Abort(ticket, session.id, request.reservation, drained=request.drained)
+        await self._driver.ask(event, type(None))
+        return pb.AbortReply()
+
+    @unary
+    async def Fence(self, request: pb.FenceRequest, context: Any) -> pb.FenceReply:
+        session = self._session(request.session)
+        session.check_client(request.client)
+        event = events.Fence(self._driver.ticket(), session.id, request.reservation)
+        return pb.FenceReply(slots_freed=await self._driver.ask(event, int))
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    @streaming
+    async def Acquire(
+        self, request: pb.AcquireRequest, context: Any
+    ) -> AsyncIterator[pb.AcquireReply]:
+        session = self._session(request.session)
+        session.check_client(request.client)
+        spec = session.spec(request.namespace)
+        window_max = self._limits.window_bytes_max
+        if request.window_bytes > window_max:
+            raise convert.limit_error("window_bytes_max", request.window_bytes, window_max)
+        event = events.Acquire(
+            self._driver.ticket(),
+            session.id,
+            request.namespace,
+            self._hashes("hashes", request.hashes),
+            convert.region_within(request.region, spec.grid),
+            wait=self._seconds("wait_ms_max", request.wait_ms),
+            window=request.window_bytes or window_max,
+            lease=self._seconds("lease_ms_max", request.lease_ms, zero_is_max=True),
+            inherit=request.inherit_lease,
+        )
+        async with contextlib.aclosing(self._driver.acquire(event)) as stream:
+            async for item in stream:
+                if isinstance(item, events.AcquireResult):
+                    missing = convert.pack(item.missing, "<u4")
+                    yield pb.AcquireReply(missing=missing, done=True)
+                else:
+                    yield self._grant(item)
+
+    def _grant(self, item: events.Granted) -> pb.AcquireReply:
+        blocks = item.blocks
+        offsets, generations = convert.places_to([b.place for b in blocks])
+        entries = self._node.entries
+        roots = (entries.root(b.place) if b.complete else 0 for b in blocks)
+        grant = pb.Grant(
+            lease=item.lease,
+            indices=convert.pack((b.index for b in blocks), "<u4"),
+            offsets=offsets,
+            generations=generations,
+            tokens=convert.pack((b.tokens for b in blocks), "<u4"),
+            roots=convert.pack(roots, "<u8"),
+            tiers=bytes(b.came_from for b in blocks),
+            lease_ms=convert.milliseconds(item.lease_seconds),
+        )
+        return pb.AcquireReply(
+            grant=grant if blocks else None, missing=convert.pack(item.missing, "<u4")
+        )
+
+    @unary
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
+        session = self._session(request.session)
+        leases = convert.numbers_from(
+            "leases", request.leases, "<u8", count_max=self._limits.keys_per_call_max
+        ).tolist()
+        event = events.Release(self._driver.ticket(), session.id, leases)
+        return pb.ReleaseReply(released=await self._driver.ask(event, int))
+
+    @unary
+    async def ReportCorrupt(
+        self, request: pb.ReportCorruptRequest, context: Any
+    ) -> pb.ReportCorruptReply:
+        session = self._session(request.session)
+        session.spec(request.namespace)
+        event = events.ReportCorrupt(
+            self._driver.ticket(),
+            session.id,
+            request.namespace,
+            self._hashes("hashes", request.hashes),
+        )
+        return pb.ReportCorruptReply(dropped=await self._driver.ask(event, int))
+
+    # ---- fields ------------------------------------------------------------------------------
+
+    def _hashes(self, field: str, raw: bytes) -> list[bytes]:
+        return convert.some_hashes_from(field, raw, count_max=self._limits.keys_per_call_max)
+
+    def _seconds(self, limit: str, value_ms: int, *, zero_is_max: bool = False) -> float:
+        maximum: int = getattr(self._limits, limit)
+        zero = maximum if zero_is_max else 0
+        return convert.seconds_from(limit, value_ms, maximum_ms=maximum, zero=zero)

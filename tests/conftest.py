@@ -1,0 +1,31 @@
+"""Fixtures for tests of several kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.server import ServerProcess, start_server
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers (`serve(host_bytes="64MiB", ...)`) that end with the test."""
+    servers: list[ServerProcess] = []
+
+    def start(**options: Any) -> ServerProcess:
+        servers.append(start_server(tmp_path, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def server(serve: Callable[..., ServerProcess]) -> ServerProcess:
+    """A server with 64 MiB of host memory and 256 MiB of disk."""
+    return serve(disk_bytes="256MiB")

@@ -1,0 +1,130 @@
+"""The child process of `engines.Engine`: one vLLM engine that obeys JSON lines.
+
+Started by path, with the settings of `vllm.LLM` as its argument. Commands come on standard input,
+answers leave on what was standard output when the process began; everything that vLLM prints goes
+to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**fields: object) -> None:
+        answers.write(json.dumps(fields) + "\n")
+
+    from vllm import LLM
+
+    try:
+        engine = LLM(**settings, disable_log_stats=False)
+    except Exception as error:
+        answer(id=-1, error=f"{type(error).__name__}: {error}")
+        raise
+    answer(id=-1, ready=True)
+    commands: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(commands,), daemon=True).start()
+    Driver(engine).run(commands, answer)
+    engine.llm_engine.engine_core.shutdown()
+
+
+def _listen(commands: queue.Queue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        commands.put(json.loads(line))
+    commands.put({"id": 0, "do": "quit"})
+
+
+class Driver:
+    """Runs calls one after another; each is stepped until it is done."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine.llm_engine
+        self._count = 0
+
+    def run(self, commands: queue.Queue[dict[str, Any]], answer: Any) -> None:
+        while True:
+            command = commands.get()
+            if command["do"] == "quit":
+                return
+            try:
+                answer(id=command["id"], **getattr(self, f"_{command['do']}")(command))
+            except Exception as error:
+                answer(id=command["id"], error=f"{type(error).__name__}: {error}")
+                raise
+
+    def _add(self, prompt: list[int], tokens: int, logprobs: int, **sampling: Any) -> str:
+        from vllm import SamplingParams
+
+        self._count += 1
+        name = f"r{self._count}"
+        chosen = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, **sampling}
+        params = SamplingParams(max_tokens=tokens, logprobs=logprobs, **chosen)
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        return name
+
+    def _generate(self, command: dict[str, Any]) -> dict[str, Any]:
+        began = time.monotonic()
+        names = [
+            self._add(prompt, command["tokens"], command["logprobs"], **command["sampling"])
+            for prompt in command["prompts"]
+        ]
+        done: dict[str, Any] = {}
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        while len(done) < len(names):
+            for output in self._engine.step():
+                now = time.monotonic() - began
+                first.setdefault(output.request_id, now)
+                if output.finished:
+                    done[output.request_id], last[output.request_id] = output, now
+        return {"outputs": [_shown(done[n], first[n], last[n]) for n in names]}
+
+    def _abort(self, command: dict[str, Any]) -> dict[str, Any]:
+        name = self._add(command["prompt"], command["tokens"], 0)
+        end = time.monotonic() + command["after_s"]
+        while time.monotonic() < end:
+            self._engine.step()
+        self._engine.abort_request([name])
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return {"done": True}
+
+    def _reset(self, command: dict[str, Any]) -> dict[str, Any]:
+        connector = command["connector"]
+        return {"done": self._engine.reset_prefix_cache(reset_connector=connector)}
+
+    def _idle(self, command: dict[str, Any]) -> dict[str, Any]:
+        end = time.monotonic() + command["seconds"]
+        while time.monotonic() < end:
+            self._engine.step()
+            time.sleep(0.001)
+        return {"done": True}
+
+
+def _shown(output: Any, first_s: float, last_s: float) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "tokens": list(completion.token_ids),
+        "logprobs": [
+            {str(token): value.logprob for token, value in step.items()}
+            for step in completion.logprobs or []
+        ],
+        "cached": output.num_cached_tokens or 0,
+        "ttft_s": first_s,
+        "total_s": last_s,
+        "finish": str(completion.finish_reason),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Real vLLM engines as processes, driven over a pipe of JSON lines.
+
+    with Engine.start(model, config=hub_config(address, role="kv_producer")) as engine:
+        answer = engine.generate([5, 6, 7], tokens=8)
+
+The child (`engine_main.py`) runs one `vllm.LLM`; it speaks on its standard output and logs to
+`log_path`. Every wait has a deadline, and an engine that fails brings the end of its log along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+START_S = 150.0
+CALL_S = 120.0
+MAIN = Path(__file__).with_name("engine_main.py")
+
+
+class EngineError(AssertionError):
+    """An engine did not do what it was asked; carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The answer to one prompt. `logprobs[i]` maps the likeliest tokens of step i."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    cached: int
+    ttft_s: float
+    total_s: float
+    finish: str
+
+
+def hub_config(
+    address: str,
+    *,
+    role: str = "kv_both",
+    policy: str = "recompute",
+    event_log: Path | None = None,
+    **extra: object,
+) -> dict[str, Any]:
+    """A kv_transfer_config for the hub at `address`; `extra` are adapter settings."""
+    settings: dict[str, object] = {"address": address, **extra}
+    if event_log is not None:
+        settings["event_log"] = str(event_log)
+    return {
+        "kv_connector": "KVServerConnector",
+        "kv_role": role,
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": settings,
+    }
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of an event log."""
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+
+
+class Engine:
+    """One engine process."""
+
+    def __init__(self, process: subprocess.Popen[str], log_path: Path) -> None:
+        self.log_path = log_path
+        self._process = process
+        self._next = 0
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def launch(
+        cls,
+        model: Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        tensor_parallel: int = 1,
+        block_size: int = 32,
+        kv_bytes: int = 64 << 20,
+        max_model_len: int = 1024,
+        environment: Mapping[str, str] | None = None,
+        log_path: Path | None = None,
+        multiprocess: bool = False,
+        **options: object,
+    ) -> Engine:
+        """Start the process without waiting; `wait_ready` does. `config` is kv_transfer_config,
+        `options` go to `vllm.LLM`."""
+        if log_path is None:
+            handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
+            os.close(handle)
+            log_path = Path(name)
+        settings = {
+            "model": str(model),
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "block_size": block_size,
+            "max_model_len": max_model_len,
+            "kv_cache_memory_bytes": kv_bytes,
+            "tensor_parallel_size": tensor_parallel,
+            "kv_transfer_config": dict(config) if config else None,
+            **options,
+        }
+        variables = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess or tensor_parallel > 1 else "0",
+            **(environment or {}),
+        }
+        if tensor_parallel > 1:
+            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tensor_parallel))))
+        with log_path.open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(MAIN), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=variables,
+                start_new_session=True,
+            )
+        return cls(process, log_path)
+
+    @classmethod
+    def start(cls, model: Path, **options: Any) -> Engine:
+        """Start and wait until it serves."""
+        engine = cls.launch(model, **options)
+        try:
+            engine.wait_ready()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        self._wait(-1, timeout_s)
+
+    # ---- calls -----------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: Sequence[int], *, tokens: int = 8, logprobs: int = 5, **sampling: object
+    ) -> Generated:
+        """Greedy decoding of `tokens` tokens."""
+        return self.generate_many([prompt], tokens=tokens, logprobs=logprobs, **sampling)[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: int = 8,
+        logprobs: int = 5,
+        timeout_s: float = CALL_S,
+        **sampling: object,
+    ) -> list[Generated]:
+        """All prompts at once, in one batch."""
+        call = self.begin(prompts, tokens=tokens, logprobs=logprobs, **sampling)
+        return self.finish(call, timeout_s)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: int = 8,
+        logprobs: int = 5,
+        **sampling: object,
+    ) -> int:
+        """Start generating and return at once; `finish` collects."""
+        return self._send(
+            "generate",
+            prompts=[list(p) for p in prompts],
+            tokens=tokens,
+            logprobs=logprobs,
+            sampling=sampling,
+        )
+
+    def finish(self, call: int, timeout_s: float = CALL_S) -> list[Generated]:
+        answer = self._wait(call, timeout_s)
+        return [
+            Generated(
+                tokens=item["tokens"],
+                logprobs=[{int(k): v for k, v in step.items()} for step in item["logprobs"]],
+                cached=item["cached"],
+                ttft_s=item["ttft_s"],
+                total_s=item["total_s"],
+                finish=item["finish"],
+            )
+            for item in answer["outputs"]
+        ]
+
+    def abort_during(self, prompt: Sequence[int], *, tokens: int, after_s: float) -> None:
+        """Start a request and abort it `after_s` seconds later."""
+        call = self._send("abort", prompt=list(prompt), tokens=tokens, after_s=after_s)
+        self._wait(call, CALL_S)
+
+    def reset_prefix_cache(self, *, connector: bool = False) -> bool:
+        """Forget what the engine itself has cached (and, with `connector`, the adapter)."""
+        call = self._send("reset", connector=connector)
+        return bool(self._wait(call, CALL_S)["done"])
+
+    def idle(self, seconds: float) -> None:
+        """Keep stepping an engine that has no requests, as a server does."""
+        self._wait(self._send("idle", seconds=seconds), seconds + CALL_S)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    # ---- plumbing --------------------------------------------------------------------------
+
+    def _send(self, command: str, **fields: object) -> int:
+        self._next += 1
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"id": self._next, "do": command, **fields}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise EngineError(f"the engine is gone:\n{self.log()}") from None
+        return self._next
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                self._lines.put(json.loads(line))
+        self._lines.put(None)
+
+    def _wait(self, call: int, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while call not in self._answers:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise EngineError(f"no answer within {timeout_s} s:\n{self.log()}") from None
+            if line is None:
+                self._lines.put(None)
+                raise EngineError(f"the engine ended:\n{self.log()}")
+            self._answers[line["id"]] = line
+        answer = self._answers.pop(call)
+        if "error" in answer:
+            raise EngineError(f"{answer['error']}\n{self.log()}")
+        return answer
+
+    def log(self, last_bytes: int = 6_000) -> str:
+        return self.log_path.read_bytes()[-last_bytes:].decode(errors="replace")
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Ask it to end; the exit status."""
+        if self._process.poll() is None:
+            self._send("quit")
+            try:
+                return self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                raise EngineError(f"still running after {timeout_s} s:\n{self.log()}") from None
+        return int(self._process.returncode)
+
+    def close(self) -> None:
+        """End the process and its children, whatever they do."""
+        if self._process.poll() is None:
+            try:
+                self.stop(15.0)
+            except EngineError:
+                pass
+        self._kill_group()
+        self._process.wait(10)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()

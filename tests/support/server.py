@@ -1,0 +1,196 @@
+"""A real kvserver process for tests.
+
+    server = start_server(tmp_path=tmp_path, host_bytes="64MiB", disk_bytes="256MiB")
+    ... server.address ...
+    server.kill(); server.restart()
+
+Every process listens on 127.0.0.1 with ports of its own, keeps its host directory under /dev/shm
+and its disk directory under `tmp_path`, and is gone after `close` (or the `server` fixture). Times
+out rather than hangs: each wait has a deadline, and on failure the server's log is in the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
+
+START_DEADLINE_S = 20.0
+SHM = Path("/dev/shm")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServerError(AssertionError):
+    """The server did not do what the test asked of it; carries the end of its log."""
+
+
+class ServerProcess:
+    """One server over its restarts: same ports, same directories."""
+
+    def __init__(self, tmp_path: Path, options: dict[str, object], failpoints: str) -> None:
+        self.tmp_path = tmp_path
+        self.options = {
+            "listen": f"127.0.0.1:{free_port()}",
+            "metrics_listen": f"127.0.0.1:{free_port()}",
+            "host_bytes": "64MiB",
+            **options,
+        }
+        if "host_dir" not in self.options:
+            self.options["host_dir"] = tempfile.mkdtemp(prefix="kvserver-test-", dir=SHM)
+        if self.options.get("disk_bytes"):
+            self.options.setdefault("disk_path", str(tmp_path / "disk"))
+        self.host_dir = Path(str(self.options["host_dir"]))
+        self.address = str(self.options["listen"])
+        self.metrics_address = str(self.options["metrics_listen"])
+        self.log_path = tmp_path / f"server-{self.address.rpartition(':')[2]}.log"
+        self.log_path.touch()
+        self.failpoints = failpoints
+        self.ready: dict[str, Any] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # ---- life ----------------------------------------------------------------------------
+
+    def command(self) -> list[str]:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.options.items()]
+        return [sys.executable, "-m", "kvserver", "serve", *flags]
+
+    def start(self, *, wait: bool = True) -> Self:
+        """Start the process and wait for its ready line."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSERVER_")}
+        if self.failpoints:
+            environment["KVSERVER_FAILPOINTS"] = self.failpoints
+        seen = self.log_path.stat().st_size
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+            )
+        if wait:
+            self.wait_ready(seen)
+        return self
+
+    def wait_ready(self, log_offset: int = 0, timeout: float = START_DEADLINE_S) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for line in self.events(log_offset):
+                if line.get("event") == "ready":
+                    self.ready = line
+                    return
+            if self.exit_code() is not None:
+                raise ServerError(f"exited with {self.exit_code()} before ready:\n{self.log()}")
+            time.sleep(0.02)
+        raise ServerError(f"not ready after {timeout} s:\n{self.log()}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def wait_exit(self, timeout: float = 20.0) -> int:
+        """The exit status; minus the signal's number when one ended it."""
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"still running after {timeout} s:\n{self.log()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait_exit()
+
+    def terminate(self, timeout: float = 20.0) -> int:
+        """SIGTERM; the exit status."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait_exit(timeout)
+
+    def stop_signal(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def cont(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def restart(self, *, failpoints: str = "", **options: object) -> Self:
+        """Start again in the same place, after ending what still runs; options may change."""
+        if self._process is not None and self.exit_code() is None:
+            self.terminate()
+        self.failpoints = failpoints
+        self.options.update(options)
+        return self.start()
+
+    def close(self) -> None:
+        if self._process is not None and self.exit_code() is None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait(10)
+        shutil.rmtree(self.host_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- what it says ----------------------------------------------------------------------
+
+    def log(self, last_bytes: int = 8_000) -> str:
+        return self.log_path.read_bytes()[-last_bytes:].decode(errors="replace")
+
+    def events(self, offset: int = 0) -> list[dict[str, Any]]:
+        """The log lines that are JSON, from byte `offset` of the log on."""
+        raw = self.log_path.read_bytes()[offset:]
+        whole = raw[: raw.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+
+    def wait_event(self, name: str, timeout: float = 10.0, **fields: object) -> dict[str, Any]:
+        """The first log line of this name with these fields."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for line in self.events():
+                if line["event"] == name and all(line.get(k) == v for k, v in fields.items()):
+                    return line
+            time.sleep(0.02)
+        raise ServerError(f"no event {name} {fields} within {timeout} s:\n{self.log()}")
+
+    def stats(self) -> kvserver_pb2.StatsReply:
+        with grpc.insecure_channel(self.address) as channel:
+            admin = kvserver_pb2_grpc.AdminStub(channel)
+            return admin.Stats(kvserver_pb2.StatsRequest(), timeout=10, wait_for_ready=True)
+
+
+def start_server(
+    tmp_path: Path, *, failpoints: str = "", wait: bool = True, **options: object
+) -> ServerProcess:
+    """A running server. `options` are those of `kvserver serve`, with underscores."""
+    server = ServerProcess(tmp_path, options, failpoints)
+    try:
+        return server.start(wait=wait)
+    except BaseException:
+        server.close()
+        raise

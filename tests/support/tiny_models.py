@@ -1,0 +1,72 @@
+"""Small Llama models with random weights, written as checkpoint directories.
+
+Fixed seeds, so that the same shape is the same model everywhere; embeddings are untied, since
+tied ones let a small model repeat one token, and the weights are spread widely enough that greedy
+decoding wanders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes. `head_dim` must be one that CPU attention takes (32, 64, ...)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int = 1024
+    positions: int = 2048
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """In float32."""
+        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+
+
+TINY = Shape(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, intermediate=256)
+# Large enough that a prompt's forward pass takes longer than a layer's push.
+MEDIUM = Shape(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1536)
+# About 136 million parameters: 900 tokens take about a second to prefill on two cores.
+DEMO = Shape(hidden=1024, layers=12, heads=16, kv_heads=8, head_dim=64, intermediate=2816)
+
+
+def write_model(directory: Path, shape: Shape = TINY, *, seed: int = 0) -> Path:
+    """Write the model into `directory` (made if absent) and return it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def prompt(seed: int, tokens: int, shape: Shape = TINY) -> list[int]:
+    """A reproducible prompt of token ids; equal seeds share their prefix."""
+    import random
+
+    source = random.Random(seed)
+    return [source.randrange(2, shape.vocab) for _ in range(tokens)]

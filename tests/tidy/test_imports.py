@@ -1,0 +1,234 @@
+"""Imports run one way. The table below is the architecture; a new arrow is a change of design."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from tests.tidy.tree import Import, Module, imports, product, targets
+
+OURS = frozenset({"kvproto", "kvclient", "kvserver", "kvserver_vllm"})
+
+# Layer -> what of ours it may import beside itself. The longest matching layer of a module counts.
+LAYERS: dict[str, frozenset[str]] = {
+    "kvproto": frozenset(),
+    "kvclient": frozenset({"kvproto"}),
+    "kvserver_vllm": frozenset({"kvclient", "kvproto"}),
+    "kvserver.core": frozenset({"kvproto"}),
+    "kvserver.tiers": frozenset({"kvproto"}),
+    "kvserver.journal": frozenset({"kvproto"}),
+    "kvserver.observe": frozenset(),
+    "kvserver.transfer": frozenset({"kvserver.tiers", "kvproto"}),
+    "kvserver.runtime": frozenset(
+        {"kvserver.core", "kvserver.tiers", "kvserver.journal", "kvserver.transfer", "kvproto"}
+    ),
+    "kvserver.service": frozenset({"kvserver.runtime", "kvserver.core", "kvproto"}),
+    "kvserver.config": frozenset({"kvproto"}),
+    # The command line, the wiring and the package itself stand on top of everything.
+    "kvserver": frozenset({"kvserver", "kvproto"}),
+}
+
+# Packages of others: the layers that may use them, at any depth, and nobody else.
+THIRD_PARTY: dict[str, frozenset[str]] = {
+    "numpy": frozenset({"kvproto", "kvclient", "kvserver_vllm", "kvserver"}),
+    "xxhash": frozenset({"kvproto", "kvclient", "kvserver.tiers"}),
+    "grpc": frozenset({"kvclient", "kvserver.service", "kvserver.server", "kvserver.cli"}),
+    "google": frozenset({"kvclient", "kvserver.service", "kvserver.cli"}),
+    "grpc_health": frozenset({"kvclient", "kvserver.service", "kvserver.server", "kvserver.cli"}),
+    "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
+    "prometheus_client": frozenset({"kvserver.observe"}),
+    "rocksdict": frozenset({"kvserver.journal"}),
+    "cupy": frozenset({"kvserver.tiers", "kvserver_vllm"}),
+    "huggingface_hub": frozenset({"kvserver_vllm"}),
+    "torch": frozenset({"kvserver_vllm"}),
+    "vllm": frozenset({"kvserver_vllm"}),
+}
+
+# The core decides; it neither waits, nor draws lots, nor looks at a clock, a file or a socket.
+IMPURE = frozenset(
+    "asyncio concurrent ctypes fcntl io logging mmap multiprocessing os pathlib queue random"
+    " sched secrets select selectors shutil signal socket sqlite3 ssl subprocess tempfile"
+    " threading time uuid".split()
+)
+
+
+def _within(module: str, layer: str) -> bool:
+    return module == layer or module.startswith(layer + ".")
+
+
+def _layer(module: str) -> str:
+    return max((layer for layer in LAYERS if _within(module, layer)), key=len)
+
+
+def _ours(module: Module) -> Iterator[tuple[Import, str]]:
+    for found in imports(module):
+        for target in targets(found):
+            if target.split(".")[0] in OURS:
+                yield found, target
+
+
+def _wrong_way(modules: Iterable[Module]) -> list[str]:
+    wrong = []
+    for module in modules:
+        layer = _layer(module.name)
+        allowed = LAYERS[layer] | {layer}
+        for found, target in _ours(module):
+            if target == "kvserver" and _within(layer, "kvserver"):
+                continue  # the package itself holds its version, and nothing else
+            if not any(_within(target, other) for other in allowed):
+                wrong.append(f"{module.where}:{found.line} {layer} -> {target}")
+    return wrong
+
+
+def test_imports_run_one_way() -> None:
+    assert _wrong_way(product()) == []
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    (package,) = (module for module in product() if module.name == "kvserver")
+    assert list(imports(package)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("kvserver.core.hub", "kvserver.runtime.driver"),
+        ("kvserver.core.hub", "kvserver.tiers.host"),
+        ("kvserver.tiers.host", "kvserver.core.events"),
+        ("kvserver.journal.record", "kvserver.tiers.disk"),
+        ("kvserver.server", "kvclient.aio"),
+        ("kvserver.observe.metrics", "kvproto.grid"),
+        ("kvserver.service.cache", "kvserver.transfer.shm"),
+        ("kvclient.aio", "kvserver.core.events"),
+        ("kvclient.aio", "kvserver_vllm.layout"),
+        ("kvproto.grid", "kvclient.errors"),
+        ("kvserver_vllm.worker", "kvserver.config"),
+    ],
+)
+def test_the_table_forbids_the_arrows_it_should(name: str, target: str) -> None:
+    layer = _layer(name)
+    assert not any(_within(target, other) for other in LAYERS[layer] | {layer})
+
+
+def test_packages_of_others_stay_where_they_belong() -> None:
+    wrong = []
+    for module in product():
+        for found in imports(module):
+            root = found.module.split(".")[0]
+            if root in OURS or root in sys.stdlib_module_names or root == "__future__":
+                continue
+            layers = THIRD_PARTY.get(root)
+            if layers is None:
+                wrong.append(f"{module.where}:{found.line} {root} is in no list")
+            elif not any(_within(module.name, layer) for layer in layers):
+                wrong.append(f"{module.where}:{found.line} imports {root}")
+    assert wrong == []
+
+
+def test_the_core_is_pure() -> None:
+    wrong = []
+    for module in product():
+        if not _within(module.name, "kvserver.core"):
+            continue
+        for found in imports(module):
+            root = found.module.split(".")[0]
+            standard = root in sys.stdlib_module_names and root not in IMPURE
+            if not (standard or root in {"numpy", "kvproto"} or _within(found.module, "kvserver.core")):
+                wrong.append(f"{module.where}:{found.line} imports {found.module}")
+            if root == "numpy" and ("random" in found.names or ".random" in found.module):
+                wrong.append(f"{module.where}:{found.line} imports numpy.random")
+        wrong += [
+            f"{module.where}:{node.lineno} calls {node.func.id}"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"open", "print", "input"}
+        ]
+        wrong += [
+            f"{module.where}:{node.lineno} is asynchronous"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor | ast.AsyncWith)
+        ]
+        wrong += [
+            f"{module.where}:{node.lineno} uses numpy.random"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in {"np.random", "numpy.random"}
+        ]
+    assert wrong == []
+
+
+def test_only_the_runtime_drives_the_hub() -> None:
+    """The service knows the core's types; the hub itself has one driver."""
+    wrong = [
+        f"{module.where}:{found.line}"
+        for module in product()
+        if not _within(module.name, "kvserver.core") and not _within(module.name, "kvserver.runtime")
+        for found in imports(module)
+        if found.module == "kvserver.core.hub" and "Hub" in found.names
+    ]
+    assert wrong == []
+
+
+def _wall_clock_reads(module: Module) -> Iterator[int]:
+    aliases = {"time": "time", "datetime": "datetime"}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in aliases and alias.asname:
+                    aliases[alias.asname] = alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module == "time":
+            if {"time", "time_ns", "localtime", "gmtime"} & {alias.name for alias in node.names}:
+                yield node.lineno
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            base = aliases.get(owner.split(".")[0])
+            if base == "time" and node.attr in {"time", "time_ns", "localtime", "gmtime", "ctime"}:
+                yield node.lineno
+            if base == "datetime" and node.attr in {"now", "utcnow", "today"}:
+                yield node.lineno
+
+
+def test_nobody_but_observe_reads_the_wall_clock() -> None:
+    wrong = [
+        f"{module.where}:{line}"
+        for module in product()
+        if not _within(module.name, "kvserver.observe")
+        for line in _wall_clock_reads(module)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time\ntime.time()",
+        "import time as t\nt.time_ns()",
+        "from time import time",
+        "from datetime import datetime\ndatetime.now()",
+        "import datetime\ndatetime.datetime.utcnow()",
+    ],
+)
+def test_the_wall_clock_is_found_in_every_spelling(source: str) -> None:
+    module = _Snippet("kvserver.runtime.snippet", source)
+    assert list(_wall_clock_reads(module))
+
+
+def test_the_monotonic_clock_is_no_wall_clock() -> None:
+    module = _Snippet("kvserver.runtime.snippet", "import time\ntime.monotonic()\nx.time()")
+    assert list(_wall_clock_reads(module)) == []
+
+
+class _Snippet(Module):
+    """A module that exists only here."""
+
+    def __init__(self, name: str, source: str) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "_source", source)
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.__dict__["_source"])

@@ -1,0 +1,84 @@
+"""A request's chain of prefix hashes, extended as its tokens become known.
+
+The chain covers whole hub blocks only. What changes the meaning of tokens goes into the extra
+keys of the blocks that it touches: the adapter's digest and the cache salt into the first block
+(the chain carries them on), a multimodal item's hash with its offset into every block that it
+overlaps, prompt embeddings by their bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+from kvproto.prefix import ROOT, prefix_hashes
+
+_OFFSET = struct.Struct("<q")
+
+
+class Chain:
+    """Hashes of the full blocks of one request. `request` is a vLLM Request."""
+
+    def __init__(self, request: Any, block_tokens: int, adapter: bytes) -> None:
+        """`adapter` is the digest of the request's LoRA adapter, empty without one."""
+        self._request = request
+        self._block_tokens = block_tokens
+        self._adapter = adapter
+        self._lock = threading.Lock()
+        self.hashes: list[bytes] = []
+
+    def parent(self, index: int) -> bytes:
+        """The hash before block `index`."""
+        return self.hashes[index - 1] if index else ROOT
+
+    def extend(self, blocks: int) -> None:
+        """Hash up to `blocks` full blocks; the request must hold their tokens. Thread-safe."""
+        with self._lock:
+            done = len(self.hashes)
+            if blocks <= done:
+                return
+            start, stop = done * self._block_tokens, blocks * self._block_tokens
+            tokens = self._request.all_token_ids[start:stop]
+            extra = [self._extra(index) for index in range(done, blocks)]
+            self.hashes += prefix_hashes(
+                tokens, self._block_tokens, extra=extra, parent=self.parent(done)
+            )
+
+    def _extra(self, index: int) -> list[bytes]:
+        keys = []
+        request = self._request
+        start = index * self._block_tokens
+        stop = start + self._block_tokens
+        if index == 0:
+            if self._adapter:
+                keys.append(b"lora\0" + self._adapter)
+            if request.cache_salt:
+                keys.append(b"salt\0" + request.cache_salt.encode())
+        keys += _item_keys(request.mm_features, start, stop)
+        if request.prompt_embeds is not None:
+            keys += _embed_keys(request.prompt_embeds, start, stop)
+        return keys
+
+
+def _item_keys(features: Sequence[Any], start: int, stop: int) -> list[bytes]:
+    """Hash and offset from the block's start of each item that overlaps [start, stop)."""
+    keys = []
+    for feature in features:
+        offset, length = feature.mm_position.offset, feature.mm_position.length
+        if offset < stop and offset + length > start:
+            keys.append(b"item\0" + _OFFSET.pack(offset - start) + feature.identifier.encode())
+    return keys
+
+
+def _embed_keys(embeds: Any, start: int, stop: int) -> list[bytes]:
+    """Digest of the embeddings of [start, stop), by bytes."""
+    import torch
+
+    rows = embeds[start:stop]
+    if not len(rows):
+        return []
+    raw = rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return [b"embeds\0" + str(embeds.dtype).encode() + b"\0" + sha256(raw).digest()]

@@ -1,0 +1,75 @@
+"""Settings of the adapter: the keys of `kv_connector_extra_config`.
+
+Every key, its default and its unit stand in `Settings`. An unknown key is an error, so that a
+misspelt one is not silently a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvserver_vllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`address` is required; everything else has a default."""
+
+    address: str
+    """host:port of the hub's gRPC listener."""
+    tenant: str = ""
+    """Tenant whose quota and blocks this engine uses. Default: the default tenant."""
+    block_tokens: int = 128
+    """Tokens per hub block. All engines that share must agree; independent of vLLM's block size."""
+    lookup_ms: int = 100
+    """Longest a request waits for the answer of a lookup before it counts as a miss."""
+    load_deadline_ms: int = 10_000
+    """Longest a request waits for its blocks; what has not come by then is recomputed."""
+    wait_ms: int = 500
+    """Longest a request waits for blocks that another engine is writing. 0: never."""
+    window_bytes: int = 0
+    """Bytes one load may hold leased at once. Default 0: the hub's maximum."""
+    push: bool = True
+    """Whether computed blocks are pushed (kv_producer and kv_both)."""
+    pin_ms: int = 250
+    """Longest that pages stay pinned for a push after the step that computed them."""
+    jobs_max: int = 256
+    """Pushes a rank keeps queued; beyond it a push is dropped and counted."""
+    event_log: str = ""
+    """Path of a JSONL file that gets an event per lookup, save, commit and pull. Default: none."""
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any]) -> Settings:
+        """ConfigError names the key that is unknown, missing or wrong."""
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(extra) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"kv_connector_extra_config: unknown key {unknown[0]!r}; known: {sorted(known)}"
+            )
+        if not extra.get("address"):
+            raise ConfigError("kv_connector_extra_config: address (host:port of the hub) is missing")
+        for name, value in extra.items():
+            _check(name, value)
+        return cls(**extra)
+
+
+_TEXTS = ("address", "tenant", "event_log")
+_FLAGS = ("push",)
+_LEAST = {"block_tokens": 1, "load_deadline_ms": 1, "jobs_max": 1}
+
+
+def _check(name: str, value: object) -> None:
+    key = f"kv_connector_extra_config: {name}"
+    if name in _TEXTS:
+        if not isinstance(value, str):
+            raise ConfigError(f"{key} is {value!r}, must be text")
+    elif name in _FLAGS:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, must be true or false")
+    else:
+        least = _LEAST.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{key} is {value!r}, must be an integer of at least {least}")

@@ -1,0 +1,305 @@
+"""KVServerConnector: vLLM's connector interface, dispatched to the two halves.
+
+One instance lives in the scheduler, one in each worker. Nothing is decided here; scheduler.py and
+worker.py hold the rules, identity.py says which engines are served.
+
+How a namespace comes about: each rank publishes what it holds (`get_handshake_metadata`), the
+scheduler's instance joins that with the weights' fingerprint, which a thread works out, and from
+then on sends the namespace along with its orders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from kvproto.namespace import NamespaceSpec
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+
+from kvserver_vllm.config import Settings
+from kvserver_vllm.errors import UnsupportedError
+from kvserver_vllm.events import EventLog
+from kvserver_vllm.fingerprint import fingerprint
+from kvserver_vllm.identity import (
+    Adapters,
+    build_spec,
+    encoding_of,
+    head_range,
+    layer_names,
+    layer_starts,
+    rank_info,
+    replicas,
+    require_supported,
+    weights_path,
+)
+from kvserver_vllm.layout import HostPages, LayerTensor
+from kvserver_vllm.link import HubLink
+from kvserver_vllm.messages import RankInfo, RankReport, StepMeta
+from kvserver_vllm.scheduler import SchedulerHalf
+from kvserver_vllm.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.kvserver")
+
+LAYOUT = "LBHNC"
+EPOCH_BYTES = 16
+
+
+class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Pushes computed KV to a kvserver hub and loads what the hub has."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """UnsupportedError or ConfigError, naming what it is, when this engine cannot be served."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._settings = Settings.parse(transfer.kv_connector_extra_config)
+        require_supported(vllm.__version__, vllm_config, kv_cache_config)
+        name = f"vllm-{transfer.engine_id}"[:120]
+        self._link = HubLink.shared(
+            self._settings.address,
+            tenant=self._settings.tenant,
+            name=name,
+            lookup_s=max(self._settings.lookup_ms, 1) / 1e3,
+        )
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._rank_info: RankInfo | None = None
+        self._ranks: dict[tuple[int, int], RankInfo] = {}
+        self._weights = b""
+        self._epoch = ""
+        self._closed = False
+        if role == KVConnectorRole.SCHEDULER:
+            self._log = EventLog(self._settings.event_log, engine=transfer.engine_id)
+            self._scheduler = self._scheduler_half()
+            if transfer.kv_load_failure_policy != "recompute":
+                logger.warning(
+                    "kvserver: kv_load_failure_policy is %r: a request whose load fails ends with "
+                    "an error; set it to 'recompute'",
+                    transfer.kv_load_failure_policy,
+                )
+
+    def _scheduler_half(self) -> SchedulerHalf:
+        config, transfer = self._vllm_config, self._kv_transfer_config
+        return SchedulerHalf(
+            self._settings,
+            self._link,
+            self._log,
+            engine_block_tokens=int(config.cache_config.block_size),
+            ranks=int(config.parallel_config.world_size),
+            loads=bool(transfer.is_kv_consumer),
+            saves=bool(transfer.is_kv_producer and self._settings.push),
+            prefix_caching=bool(config.cache_config.enable_prefix_caching),
+            adapter_digest=Adapters().digest,
+        )
+
+    # ---- both roles --------------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: a dropped save is a later miss."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return LAYOUT
+
+    def shutdown(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._link.close()
+
+    # ---- worker role -------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        config, parallel = self._vllm_config, self._vllm_config.parallel_config
+        names = layer_names(self._kv_cache_config)
+        tensors = [kv_caches[name] for name in names]
+        device = tensors[0].device.type
+        if device != "cpu":
+            raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
+        encoding = encoding_of(config, names, LayerTensor.of(tensors[0]))
+        pages = HostPages(encoding, tensors)
+        tp_rank = int(parallel.rank) % int(parallel.tensor_parallel_size)
+        stage = int(parallel.rank) // int(parallel.tensor_parallel_size)
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        self._rank_info = rank_info(config, names, pages, dtype, tp_rank)
+        self._log = EventLog(
+            self._settings.event_log,
+            engine=self._kv_transfer_config.engine_id,
+            rank=int(parallel.rank),
+        )
+        self._worker = WorkerHalf(
+            self._settings,
+            self._link,
+            self._log,
+            pages,
+            names,
+            stage=stage,
+            head_start=head_range(config, tp_rank)[0],
+            pushes=tp_rank % replicas(config) == 0,
+        )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._rank_info
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMeta)
+        self._half().bind(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._half().start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a scheduled request's blocks are there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        self._half().layer_saved(layer_name)
+
+    def wait_for_save(self) -> None:
+        self._half().step_saved()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._half().take_received()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        return KVConnectorTransferResults(finished_recving=self._half().take_received())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._half().take_invalid()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._half().take_report()
+
+    def _half(self) -> WorkerHalf:
+        assert self._worker is not None, "register_kv_caches comes first"
+        return self._worker
+
+    # ---- scheduler role ----------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        self.set_xfer_handshake_metadata_pp_aware({(0, r): m for r, m in metadata.items()})
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """What the ranks hold. Errors in it stop the engine's start; weights are digested after."""
+        self._ranks = {rank: info for rank, info in metadata.items() if isinstance(info, RankInfo)}
+        self._spec(bytes(32))
+        threading.Thread(target=self._open, name="kvserver-fingerprint", daemon=True).start()
+
+    def _spec(self, weights: bytes) -> NamespaceSpec:
+        return build_spec(
+            self._vllm_config,
+            self._ranks,
+            weights,
+            tenant=self._settings.tenant,
+            block_tokens=self._settings.block_tokens,
+            epoch=self._epoch,
+        )
+
+    def _open(self) -> None:
+        """Digest the weights, then let the scheduler half begin."""
+        try:
+            if not self._weights:
+                self._weights = fingerprint(weights_path(self._vllm_config))
+            spec = self._spec(self._weights)
+            self._scheduling().open(spec.canonical, spec.page_tokens, layer_starts(self._ranks)[0])
+            self._log.write("namespace", id=spec.id.hex())
+            self._link.submit(self._link.greet(spec.canonical))
+        except Exception:
+            logger.exception("kvserver: no fingerprint of the weights; serving without the hub")
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._scheduling().bind_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduling().on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduling().matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        self._scheduling().after_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return self._scheduling().build_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        self._scheduling().ranks_reported(
+            report if isinstance(report, RankReport) else None,
+            connector_output.finished_recving or set(),
+        )
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._scheduling().finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduling().has_pending_work
+
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[Any, int]:
+        """Tokens by the hub's tier; vLLM 0.32 and later ask."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        sources = {2: CacheHitSource.HOST, 3: CacheHitSource.DISK}
+        counts: dict[Any, int] = {}
+        for tier, tokens in self._scheduling().tiers_of(request, num_external_tokens).items():
+            source = sources.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
+            counts[source] = counts.get(source, 0) + tokens
+        return counts
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    def reset_cache(self) -> bool | None:
+        """Leave what this engine has stored so far behind: a namespace of its own from now on.
+
+        Nothing is deleted at the hub, and no other engine is affected. The new namespace is
+        shared with nobody: after weights were changed in place, only this engine knows what it
+        computes.
+        """
+        self._epoch = os.urandom(EPOCH_BYTES).hex()
+        self._scheduling().forget()
+        if self._ranks and self._weights:
+            self._open()
+        return True
+
+    def _scheduling(self) -> SchedulerHalf:
+        assert self._scheduler is not None
+        return self._scheduler

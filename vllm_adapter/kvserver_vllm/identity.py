@@ -1,0 +1,228 @@
+"""Which engines this adapter serves, and the namespace that follows from one.
+
+`require_supported` runs while the engine loads and refuses by name. A rank describes what it
+holds (`rank_info`); the scheduler half joins the ranks' words, the model's configuration and the
+weights' fingerprint into one NamespaceSpec (`build_spec`). Nothing in it is a path or a name that
+somebody could give to other weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from kvproto.namespace import NamespaceSpec
+
+from kvserver_vllm.errors import UnsupportedError
+from kvserver_vllm.fingerprint import config_attributes, fingerprint, join
+from kvserver_vllm.layout import CPU_ENCODING, TOKEN_ENCODING, HostPages, LayerTensor, PageFormat
+from kvserver_vllm.messages import RankInfo
+
+VERSION_MIN = (0, 31)
+VERSION_MAX = (0, 33)
+# Attention backends whose content is K||V per token and head.
+_TOKEN_BACKENDS = frozenset({"FLASH_ATTN"})
+# Instruction sets of CPU attention that store K as [D, N] and V as [N, D].
+_TRANSPOSED_ISAS = frozenset({"vec", "vec16"})
+_SPEC_KINDS = ("FullAttentionSpec", "SlidingWindowSpec")
+
+
+def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
+    """UnsupportedError, naming what it is, when this engine cannot be served."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not VERSION_MIN <= release <= VERSION_MAX:
+        raise UnsupportedError(f"vLLM {version}: this adapter supports 0.31, 0.32 and 0.33")
+    model, parallel = config.model_config, config.parallel_config
+    if model.is_encoder_decoder:
+        raise UnsupportedError("encoder-decoder models have KV that prefix hashes do not name")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedError(f"{name} is {getattr(parallel, name)}: only 1 is supported")
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise UnsupportedError(
+            f"the model has {len(groups)} KV cache groups (hybrid attention); one is supported"
+        )
+    kind = type(groups[0].kv_cache_spec).__name__
+    if kind not in _SPEC_KINDS:
+        raise UnsupportedError(f"KV cache of kind {kind}; supported: {', '.join(_SPEC_KINDS)}")
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in ("ngram", "suffix"):
+        raise UnsupportedError(
+            f"speculative method {speculative.method!r} keeps KV of its own; ngram is supported"
+        )
+    if config.cache_config.calculate_kv_scales:
+        raise UnsupportedError("calculate_kv_scales: KV scales that depend on the traffic")
+    weights_path(config)
+
+
+def weights_path(config: Any) -> Path:
+    """Where the weights lie on this machine. UnsupportedError when they do not."""
+    model, load_format = config.model_config, str(config.load_config.load_format)
+    if load_format == "dummy":
+        raise UnsupportedError("load_format 'dummy': random weights have no content to fingerprint")
+    if os.path.exists(model.model):
+        return Path(model.model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except Exception as error:
+        raise UnsupportedError(f"no local copy of the weights of {model.model!r}") from error
+
+
+def layer_names(kv_cache_config: Any) -> list[str]:
+    """This rank's attention layers in the order of their global indices."""
+    return sorted(kv_cache_config.kv_cache_groups[0].layer_names, key=layer_index)
+
+
+def layer_index(name: str) -> int:
+    """The global index in a layer's name: 5 for model.layers.5.self_attn.attn."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if len(numbers) != 1:
+        raise UnsupportedError(f"attention layer {name!r} does not carry one layer index")
+    return numbers[0]
+
+
+def encoding_of(config: Any, names: Sequence[str], layer: LayerTensor) -> str:
+    """The content encoding of a page, from the attention backend of these layers."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase, list(names))
+    backends = {attention.get_attn_backend().get_name() for attention in layers.values()}
+    if len(backends) != 1:
+        raise UnsupportedError(f"attention backends differ between layers: {sorted(backends)}")
+    (backend,) = backends
+    if backend == "CPU_ATTN":
+        return _cpu_encoding({getattr(attention, "isa", "?") for attention in layers.values()})
+    if backend in _TOKEN_BACKENDS and layer.tokens % 16 == 0:
+        return TOKEN_ENCODING
+    return f"{backend.lower()}/1"
+
+
+def _cpu_encoding(isas: set[str]) -> str:
+    """CPU attention packs K differently where it has matrix units."""
+    if len(isas) != 1:
+        raise UnsupportedError(f"CPU attention differs between layers: {sorted(isas)}")
+    (isa,) = isas
+    return CPU_ENCODING if isa in _TRANSPOSED_ISAS else f"cpu-attn-{isa}/1"
+
+
+def rank_info(config: Any, names: Sequence[str], pages: HostPages, dtype: str, rank: int) -> RankInfo:
+    """What tensor-parallel rank `rank` holds."""
+    form: PageFormat = pages.format
+    start, heads = head_range(config, rank)
+    if heads != pages.heads:
+        raise UnsupportedError(
+            f"the KV cache has {pages.heads} heads on this rank, the model's split gives {heads}"
+        )
+    return RankInfo(
+        layers=tuple(layer_index(name) for name in names),
+        head_start=start,
+        heads=heads,
+        encoding=form.encoding,
+        kv_dtype=dtype,
+        page_tokens=form.page_tokens,
+        page_bytes=form.page_bytes,
+    )
+
+
+def head_range(config: Any, rank: int) -> tuple[int, int]:
+    """(first head, heads) of a tensor-parallel rank; ranks beyond the heads hold replicas."""
+    total = int(config.model_config.get_total_num_kv_heads())
+    size = int(config.parallel_config.tensor_parallel_size)
+    heads = max(1, total // size)
+    return rank // replicas(config) * heads, heads
+
+
+def replicas(config: Any) -> int:
+    """Consecutive ranks that hold the same heads."""
+    total = int(config.model_config.get_total_num_kv_heads())
+    return max(1, int(config.parallel_config.tensor_parallel_size) // total)
+
+
+def layer_starts(ranks: Mapping[tuple[int, int], RankInfo]) -> tuple[dict[int, int], int]:
+    """({pipeline rank: first layer of its region}, layers in all). Keys are (pp, tp) ranks."""
+    by_stage: dict[int, tuple[int, ...]] = {}
+    for (stage, _), info in ranks.items():
+        if by_stage.setdefault(stage, info.layers) != info.layers:
+            raise UnsupportedError(f"ranks of pipeline stage {stage} hold different layers")
+    starts, total, last = {}, 0, -1
+    for stage in sorted(by_stage):
+        if by_stage[stage][0] <= last:
+            raise UnsupportedError("pipeline stages do not hold ascending ranges of layers")
+        starts[stage] = total
+        total += len(by_stage[stage])
+        last = by_stage[stage][-1]
+    return starts, total
+
+
+def build_spec(
+    config: Any,
+    ranks: Mapping[tuple[int, int], RankInfo],
+    weights: bytes,
+    *,
+    tenant: str,
+    block_tokens: int,
+    epoch: str,
+) -> NamespaceSpec:
+    """The namespace of this engine. `epoch` is "" until the engine's cache was reset."""
+    model = config.model_config
+    _, layers = layer_starts(ranks)
+    info = next(iter(ranks.values()))
+    for other in ranks.values():
+        if (other.encoding, other.page_bytes) != (info.encoding, info.page_bytes):
+            raise UnsupportedError("ranks encode their KV differently")
+    text = model.hf_text_config
+    settings = text.to_dict()
+    attributes = config_attributes(settings)
+    attributes["dtype"] = str(model.dtype).removeprefix("torch.")
+    attributes["quantization_method"] = str(model.quantization or "none")
+    if "longrope" in str(settings.get("rope_parameters") or settings.get("rope_scaling")):
+        # vLLM chooses between the long and the short factors by the engine's limit.
+        attributes["max_model_len"] = str(model.max_model_len)
+    if epoch:
+        attributes["epoch"] = epoch
+    architectures = getattr(model.hf_config, "architectures", None) or [text.model_type]
+    return NamespaceSpec(
+        model=str(architectures[0]),
+        weights=weights,
+        kv_dtype=info.kv_dtype,
+        encoding=info.encoding,
+        layers=layers,
+        kv_heads=int(model.get_total_num_kv_heads()),
+        page_bytes=info.page_bytes,
+        page_tokens=info.page_tokens,
+        block_tokens=block_tokens,
+        tenant=tenant,
+        attributes=attributes,
+    )
+
+
+class Adapters:
+    """Digests of LoRA adapters by content, each worked out once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str], bytes] = {}
+
+    def digest(self, lora: Any) -> bytes:
+        """Digest of a LoRARequest's adapter; one whose files cannot be read is this engine's own."""
+        key = (int(lora.lora_int_id), str(lora.lora_path))
+        if lora.load_inplace or key not in self._known:
+            self._known[key] = _adapter_digest(key[1])
+        return self._known[key]
+
+
+def _adapter_digest(path: str) -> bytes:
+    try:
+        directory = Path(path)
+        settings = sha256((directory / "adapter_config.json").read_bytes()).digest()
+        return join([fingerprint(directory), settings])
+    except (OSError, UnsupportedError):
+        return os.urandom(32)

@@ -1,0 +1,284 @@
+"""KV tensors of an engine <-> pages of the hub's cells.
+
+A page is the KV of one layer, one head and `page_tokens` tokens, in the bytes of its *encoding*.
+An engine block holds a whole number of pages. Where they lie follows from the tensors' strides and
+storage offset alone; density is never assumed, and layers may share one storage.
+
+Encodings:
+  * `cpu-attn-kt/1`  CPU attention: K as [D, N], then V as [N, D], per (block, head). A page is
+    K as [D, 32], then V as [32, D], whatever the engine's N: the copy converts.
+  * `flash-kv/1`     K||V per token and head, one row a token. Pages of 16 tokens.
+  * anything else    the bytes of a whole engine block, opaque. `page_tokens` is then the engine's
+    block size, and since it belongs to the namespace, other block sizes never meet it.
+
+Page ids: engine block b of S pages holds the page ids b * S ... b * S + S - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from kvproto.errors import FieldError
+
+Bytes = npt.NDArray[np.uint8]
+
+CPU_ENCODING = "cpu-attn-kt/1"
+TOKEN_ENCODING = "flash-kv/1"
+CPU_PAGE_TOKENS = 32
+TOKEN_PAGE_TOKENS = 16
+SKIP = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensor:
+    """One layer's KV as logical [blocks, heads, tokens, content]; all strides in bytes."""
+
+    address: int
+    blocks: int
+    heads: int
+    tokens: int
+    content_bytes: int
+    item_bytes: int
+    block_stride: int
+    head_stride: int
+    token_stride: int
+    content_stride: int
+
+    @classmethod
+    def of(cls, tensor: Any) -> LayerTensor:
+        """Describe a 4-D torch tensor. FieldError when it has another rank."""
+        if tensor.dim() != 4:
+            raise FieldError("kv_cache", tuple(tensor.shape), "[blocks, heads, tokens, content]")
+        item = int(tensor.element_size())
+        blocks, heads, tokens, content = (int(n) for n in tensor.shape)
+        strides = [int(s) * item for s in tensor.stride()]
+        return cls(
+            address=int(tensor.storage_offset()) * item,
+            blocks=blocks,
+            heads=heads,
+            tokens=tokens,
+            content_bytes=content * item,
+            item_bytes=item,
+            block_stride=strides[0],
+            head_stride=strides[1],
+            token_stride=strides[2],
+            content_stride=strides[3],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a page: `rows` extents of `row_bytes`, in engine memory and in the page.
+
+    `start` counts from the origin of (block, head); `offset` from the start of the page.
+    """
+
+    offset: int
+    rows: int
+    row_bytes: int
+    start: int
+    page_stride: int
+    row_stride: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageFormat:
+    """How pages of one encoding are cut out of an engine block of `block_tokens` tokens."""
+
+    encoding: str
+    page_tokens: int
+    page_bytes: int
+    block_tokens: int
+    parts: tuple[Part, ...]
+
+    @property
+    def pages_per_block(self) -> int:
+        return self.block_tokens // self.page_tokens
+
+    @classmethod
+    def of(cls, encoding: str, layer: LayerTensor) -> PageFormat:
+        """The format for `encoding` with this tensor's strides.
+
+        FieldError when the engine's block is no whole number of pages, or when the strides
+        contradict the encoding.
+        """
+        if layer.content_stride != layer.item_bytes:
+            raise FieldError("kv_cache.stride", layer.content_stride, "dense along the content")
+        if encoding == CPU_ENCODING:
+            return cls._cpu(layer)
+        if encoding == TOKEN_ENCODING:
+            return cls._rows(encoding, layer, TOKEN_PAGE_TOKENS)
+        return cls._rows(encoding, layer, layer.tokens)
+
+    @classmethod
+    def _cpu(cls, layer: LayerTensor) -> PageFormat:
+        if layer.token_stride != layer.content_bytes:
+            raise FieldError("kv_cache.stride", layer.token_stride, "dense per block and head")
+        tokens, page = layer.tokens, CPU_PAGE_TOKENS
+        _require_whole_pages(tokens, page)
+        half = layer.content_bytes // 2
+        dims = half // layer.item_bytes
+        key = Part(
+            offset=0,
+            rows=dims,
+            row_bytes=page * layer.item_bytes,
+            start=0,
+            page_stride=page * layer.item_bytes,
+            row_stride=tokens * layer.item_bytes,
+        )
+        value = Part(
+            offset=key.size_bytes,
+            rows=1,
+            row_bytes=page * half,
+            start=tokens * half,
+            page_stride=page * half,
+            row_stride=page * half,
+        )
+        return cls(CPU_ENCODING, page, page * layer.content_bytes, tokens, (key, value))
+
+    @classmethod
+    def _rows(cls, encoding: str, layer: LayerTensor, page: int) -> PageFormat:
+        _require_whole_pages(layer.tokens, page)
+        part = Part(
+            offset=0,
+            rows=page,
+            row_bytes=layer.content_bytes,
+            start=0,
+            page_stride=page * layer.token_stride,
+            row_stride=layer.token_stride,
+        )
+        return cls(encoding, page, part.size_bytes, layer.tokens, (part,))
+
+
+def _require_whole_pages(tokens: int, page: int) -> None:
+    if tokens % page:
+        raise FieldError("block_size", tokens, f"a multiple of page_tokens ({page})")
+
+
+class Pages(Protocol):
+    """Engine pages of this rank's layers and heads. Layers are counted from the rank's first.
+
+    An engine in host memory implements it with strided copies; one on a device would with a
+    gather kernel into staging.
+    """
+
+    layers: int
+    heads: int
+    format: PageFormat
+
+    def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
+        """Copy pages into `out`, [stop - layer, heads, len(page_ids), page_bytes]."""
+
+    def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
+        """Copy `cells` into the engine's pages; a page id of SKIP is left out."""
+
+
+class HostPages:
+    """Pages of KV tensors in host memory."""
+
+    def __init__(self, encoding: str, tensors: Sequence[Any]) -> None:
+        """`tensors` are the rank's layers in order, torch tensors on the CPU."""
+        if not tensors:
+            raise FieldError("kv_caches", 0, "at least one layer")
+        described = [LayerTensor.of(tensor) for tensor in tensors]
+        first = described[0]
+        for layer in described:
+            if _shape(layer) != _shape(first):
+                raise FieldError("kv_caches", _shape(layer), f"equal in all layers, {_shape(first)}")
+        self.layers = len(described)
+        self.heads = first.heads
+        self.blocks = first.blocks
+        self.format = PageFormat.of(encoding, first)
+        memory = [_storage_bytes(tensor) for tensor in tensors]
+        self._views = [
+            [_part_view(raw, layer, self.format, part) for part in self.format.parts]
+            for raw, layer in zip(memory, described, strict=True)
+        ]
+
+    def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
+        for position, block, count, page, pages in _runs(page_ids, self.format.pages_per_block):
+            for index in range(layer, stop):
+                for part, view in zip(self.format.parts, self._views[index], strict=True):
+                    source = view[block : block + count, page : page + pages]
+                    target = _cell_part(out[index - layer], position, part, count, pages)
+                    np.copyto(target, source)
+
+    def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
+        for position, block, count, page, pages in _runs(page_ids, self.format.pages_per_block):
+            for index in range(layer, stop):
+                for part, view in zip(self.format.parts, self._views[index], strict=True):
+                    target = view[block : block + count, page : page + pages]
+                    source = _cell_part(cells[index - layer], position, part, count, pages)
+                    np.copyto(target, source)
+
+
+def _shape(layer: LayerTensor) -> tuple[int, ...]:
+    return (
+        layer.blocks,
+        layer.heads,
+        layer.tokens,
+        layer.content_bytes,
+        layer.item_bytes,
+        layer.token_stride,
+    )
+
+
+def _storage_bytes(tensor: Any) -> Bytes:
+    """The tensor's whole storage as bytes; the array keeps the storage alive."""
+    import torch
+
+    raw = torch.empty(0, dtype=torch.uint8)
+    raw.set_(tensor.untyped_storage())
+    array: Bytes = raw.numpy()
+    return array
+
+
+def _part_view(raw: Bytes, layer: LayerTensor, form: PageFormat, part: Part) -> Bytes:
+    """[blocks, pages per block, heads, rows, row bytes] over the engine's memory."""
+    shape = (layer.blocks, form.pages_per_block, layer.heads, part.rows, part.row_bytes)
+    strides = (layer.block_stride, part.page_stride, layer.head_stride, part.row_stride, 1)
+    start = layer.address + part.start
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if start < 0 or min(strides) < 0 or start + last >= raw.size:
+        raise FieldError("kv_cache.stride", strides, f"within its storage of {raw.size} bytes")
+    return np.lib.stride_tricks.as_strided(raw[start:], shape, strides)
+
+
+def _cell_part(cells: Bytes, position: int, part: Part, count: int, pages: int) -> Bytes:
+    """[count, pages, heads, rows, row bytes] over the cells [heads, pages, page_bytes]."""
+    stop = position + count * pages
+    flat = cells[:, position:stop, part.offset : part.offset + part.size_bytes]
+    split = flat.reshape(flat.shape[0], count, pages, part.rows, part.row_bytes)
+    return split.transpose(1, 2, 0, 3, 4)
+
+
+def _runs(
+    page_ids: Sequence[int], pages_per_block: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """(position, block, blocks, page, pages) of stretches that one strided copy covers."""
+    position, total = 0, len(page_ids)
+    while position < total:
+        first = page_ids[position]
+        if first == SKIP:
+            position += 1
+            continue
+        length = 1
+        while position + length < total and page_ids[position + length] == first + length:
+            length += 1
+        block, page = divmod(first, pages_per_block)
+        whole = length // pages_per_block
+        if page == 0 and whole:
+            yield position, block, whole, 0, pages_per_block
+            position += whole * pages_per_block
+        else:
+            pages = min(length, pages_per_block - page)
+            yield position, block, 1, page, pages
+            position += pages

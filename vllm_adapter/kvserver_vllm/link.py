@@ -1,0 +1,208 @@
+"""The link to the hub: one event loop and one session per process, whatever the hub does.
+
+Both halves of an engine that live in one process share a link. It runs on a thread of its own,
+started at first use (after vLLM's forks), connects by itself and, when a call went unanswered,
+probes in the background until the hub answers again; meanwhile `responsive` is False and nobody
+waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
+
+from kvclient import AsyncClient, AsyncNamespace
+from kvclient.errors import DeadlineExceeded, KVError, Unavailable
+from kvproto.namespace import NamespaceSpec
+
+from kvserver_vllm.scheduler import Answer
+
+logger = logging.getLogger("vllm.kvserver")
+
+CONNECT_S = 2.0
+BACKOFF_S = (0.05, 1.0)
+PROBE_S = 1.0
+"""Deadline of one probe, and at most the time between two."""
+CALL_S = 5.0
+STOP_S = 2.0
+
+_links: dict[tuple[str, str], HubLink] = {}
+_links_lock = threading.Lock()
+
+
+class HubLink:
+    """Use `HubLink.shared`; each holder calls `close` once."""
+
+    def __init__(self, address: str, tenant: str, name: str, lookup_s: float) -> None:
+        self.address = address
+        self.tenant = tenant
+        self._name = name
+        self._lookup_s = lookup_s
+        self._holders = 0
+        self._client: AsyncClient | None = None
+        self._suspect = False
+        self._namespaces: dict[bytes, AsyncNamespace] = {}
+        self._greeting = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kvserver-link", daemon=True)
+
+    @classmethod
+    def shared(cls, address: str, *, tenant: str, name: str, lookup_s: float) -> HubLink:
+        """The process's link to this hub, started if it is new."""
+        with _links_lock:
+            link = _links.get((address, tenant))
+            if link is None:
+                link = cls(address, tenant, name, lookup_s)
+                link._thread.start()
+                _links[address, tenant] = link
+            link._holders += 1
+            return link
+
+    def close(self) -> None:
+        """Give this holder's share back; the last one ends the session within seconds."""
+        with _links_lock:
+            self._holders -= 1
+            if self._holders:
+                return
+            _links.pop((self.address, self.tenant), None)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_S)
+
+    # ---- called from any thread --------------------------------------------------------------
+
+    @property
+    def responsive(self) -> bool:
+        return self._client is not None and not self._suspect
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def submit(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` on the link's thread. Its errors are logged; it is dropped once stopped."""
+        try:
+            self._loop.call_soon_threadsafe(self.spawn, work)
+        except RuntimeError:
+            work.close()
+
+    # ---- called on the link's thread ---------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("kvserver: background work failed", exc_info=task.exception())
+
+    async def namespace(self, spec: bytes) -> AsyncNamespace:
+        """The opened namespace of this spec. KVError when the hub cannot be asked."""
+        known = self._namespaces.get(spec)
+        if known is not None:
+            return known
+        if self._client is None:
+            raise Unavailable(f"no connection to {self.address}")
+        opened = await self._client.open_namespace(NamespaceSpec.decode(spec))
+        if spec not in self._namespaces:
+            self._namespaces[spec] = opened
+            logger.info(
+                "kvserver: hub %s, namespace %s, transport %s",
+                self.address,
+                opened.id.hex()[:16],
+                self._client.transport,
+            )
+            for note in opened.near_misses:
+                logger.warning("kvserver: %s", note)
+        return self._namespaces[spec]
+
+    async def greet(self, spec: bytes) -> None:
+        """Open this namespace as soon as there is a connection: before the first request."""
+        self._greeting = spec
+        if self._client is not None:
+            await self._open_greeting()
+
+    async def _open_greeting(self) -> None:
+        if self._greeting:
+            async with asyncio.timeout(CALL_S):
+                await self.namespace(self._greeting)
+
+    async def lookup(self, spec: bytes, hashes: Sequence[bytes], pin_s: float) -> Answer | None:
+        try:
+            async with asyncio.timeout(self._lookup_s):
+                namespace = await self.namespace(spec)
+                found = await namespace.lookup(hashes, pin_s=pin_s)
+        except (KVError, TimeoutError) as error:
+            self.doubt(error)
+            return None
+        return Answer(found.usable_blocks, found.live_blocks, tuple(int(t) for t in found.tiers))
+
+    async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None:
+        try:
+            async with asyncio.timeout(CALL_S):
+                await (await self.namespace(spec)).announce(hashes, ttl_s)
+        except (KVError, TimeoutError) as error:
+            self.doubt(error)
+
+    def doubt(self, error: BaseException) -> None:
+        """A call failed. Unless the hub itself said why, nobody waits for it until it has
+        answered a probe."""
+        if not isinstance(error, (Unavailable, DeadlineExceeded, TimeoutError)):
+            logger.warning("kvserver: %s", error)
+            return
+        if not self._suspect:
+            logger.warning("kvserver: hub %s does not answer (%s)", self.address, error)
+        self._suspect = True
+        self._wake.set()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        keeper = self._loop.create_task(self._keep())
+        try:
+            self._loop.run_forever()
+        finally:
+            with suppress(Exception):
+                self._loop.run_until_complete(asyncio.wait_for(self._finish(keeper), STOP_S))
+            self._loop.close()
+
+    async def _finish(self, keeper: asyncio.Task[None]) -> None:
+        tasks = [keeper, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+
+    async def _keep(self) -> None:
+        """Connect, and probe while the hub is in doubt."""
+        backoff = BACKOFF_S[0]
+        while True:
+            try:
+                if self._client is None:
+                    self._client = await AsyncClient.connect(
+                        self.address, name=self._name, tenant=self.tenant, deadline_s=CONNECT_S
+                    )
+                    await self._open_greeting()
+                elif self._suspect:
+                    async with asyncio.timeout(PROBE_S):
+                        await self._client.list_namespaces()
+                if self._suspect:
+                    logger.info("kvserver: hub %s answers", self.address)
+                self._suspect = False
+                backoff = BACKOFF_S[0]
+                self._wake.clear()
+                await self._wake.wait()
+            except (KVError, TimeoutError, OSError) as error:
+                if self._client is None and not self._suspect:
+                    logger.warning("kvserver: hub %s is unreachable (%s)", self.address, error)
+                    self._suspect = True
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, BACKOFF_S[1])

@@ -1,0 +1,96 @@
+"""What the scheduler half and the ranks tell each other.
+
+scheduler -> ranks   `StepMeta`, with every step; it names blocks by hash and pages by page id.
+ranks -> scheduler   `RankInfo` once (what this rank holds), `RankReport` when there is news.
+
+All of it is pickled by vLLM and holds plain data only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class RankInfo(KVConnectorHandshakeMetadata):
+    """The part of the grid that one rank holds, and how its pages are encoded."""
+
+    layers: tuple[int, ...]
+    """Global indices of its attention layers, ascending."""
+    head_start: int
+    heads: int
+    encoding: str
+    kv_dtype: str
+    page_tokens: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPages:
+    """One hub block and the engine pages that it is copied from or to.
+
+    `pages` are page ids in the order of the block's tokens; -1 leaves a page alone.
+    """
+
+    hash: bytes
+    parent: bytes
+    pages: tuple[int, ...]
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Blocks whose last token is computed in this step. The pages stay pinned until all ranks
+    have reported `job`."""
+
+    job: int
+    blocks: tuple[BlockPages, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Blocks to load for one request, in chain order. Every rank reports `request` once."""
+
+    request: str
+    blocks: tuple[BlockPages, ...]
+    deadline_s: float
+    """Seconds from the start of the load."""
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):
+    """The orders of one step. `spec` is the namespace's canonical encoding."""
+
+    spec: bytes = b""
+    layer_start: dict[int, int] = field(default_factory=dict)
+    """First layer of each pipeline rank in the namespace's grid."""
+    saves: list[SaveJob] = field(default_factory=list)
+    loads: list[LoadJob] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)
+    """Requests whose load is no longer wanted; they are reported all the same."""
+
+
+@dataclass
+class RankReport(KVConnectorWorkerMetadata):
+    """What one rank, or after `aggregate` several, finished since the last step."""
+
+    saved: dict[int, int] = field(default_factory=dict)
+    """Job -> ranks that no longer touch its pages."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Request -> position in its LoadJob of the first block that did not arrive."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
+        assert isinstance(other, RankReport)
+        saved = dict(self.saved)
+        for job, ranks in other.saved.items():
+            saved[job] = saved.get(job, 0) + ranks
+        failed = dict(self.failed)
+        for request, position in other.failed.items():
+            failed[request] = min(failed.get(request, position), position)
+        return RankReport(saved, failed)

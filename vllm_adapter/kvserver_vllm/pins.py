@@ -1,0 +1,75 @@
+"""Pins of engine blocks under pushes.
+
+Rule: only this module touches and frees blocks of the pool on behalf of pushes. A block is touched
+when its job goes out and freed when every rank has reported the job; nothing else unpins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvserver_vllm.messages import BlockPages
+
+
+class PinLedger:
+    """Jobs on their way, the blocks they pin and the keys they save."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._pool: Any = None
+        self._blocks: dict[int, list[Any]] = {}
+        self._left: dict[int, int] = {}
+        self._keys: dict[int, list[bytes]] = {}
+        self._saving: set[bytes] = set()
+        self._owners: dict[int, dict[str, int]] = {}
+        self._orphans: dict[int, int] = {}
+
+    def bind(self, pool: Any) -> None:
+        self._pool = pool
+
+    @property
+    def jobs(self) -> int:
+        return len(self._left)
+
+    @property
+    def orphans(self) -> int:
+        """Engine blocks pinned for requests that are over."""
+        return sum(self._orphans.values())
+
+    def saving(self, key: bytes) -> bool:
+        return key in self._saving
+
+    def pin(self, job: int, part: Sequence[tuple[BlockPages, list[int]]]) -> None:
+        owners: dict[str, int] = {}
+        blocks = []
+        for block, ids in part:
+            owners[block.request] = owners.get(block.request, 0) + len(ids)
+            if self._pool is not None:
+                blocks += [self._pool.blocks[i] for i in ids]
+        if self._pool is not None:
+            self._pool.touch(blocks)
+        self._blocks[job] = blocks
+        self._left[job] = self._ranks
+        self._owners[job] = owners
+        self._keys[job] = [block.hash for block, _ in part]
+        self._saving.update(self._keys[job])
+
+    def orphan(self, request: str) -> None:
+        for job, owners in self._owners.items():
+            self._orphans[job] = self._orphans.get(job, 0) + owners.pop(request, 0)
+
+    def released(self, job: int, ranks: int) -> None:
+        left = self._left.get(job)
+        if left is None:
+            return
+        if left > ranks:
+            self._left[job] = left - ranks
+            return
+        del self._left[job]
+        blocks = self._blocks.pop(job)
+        if self._pool is not None:
+            self._pool.free_blocks(reversed(blocks))
+        self._saving.difference_update(self._keys.pop(job))
+        self._owners.pop(job, None)
+        self._orphans.pop(job, None)
