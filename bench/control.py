@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from kvproto.namespace import NamespaceSpec
-
 from bench.fleet import Fleet
 from bench.transfer import Progress
+from kvproto.namespace import NamespaceSpec
 from tests.support.server import start_server
 
 LOOKUP_KEYS = 1024

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from kvproto.namespace import NamespaceSpec
-
 from bench.fleet import Fleet
 from bench.machine import memory_available_bytes
 from bench.worker import Timing
+from kvproto.namespace import NamespaceSpec
 from tests.support.server import ServerProcess, start_server
 
 FLOORS = {"push": 0.5, "pull": 0.4}

@@ -16,12 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
+
 from kvclient import AsyncClient, Client, KVError
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
@@ -118,7 +120,7 @@ class Worker:
         order = self._draw(len(self._sources), calls * batch)
         keys = [os.urandom(32) for _ in order]
         parts = [slice(i * batch, (i + 1) * batch) for i in range(calls)]
-        self._job = lambda: _timed([lambda p=p: self._push(keys[p], order[p]) for p in parts])
+        self._job = lambda: _timed([partial(self._push, keys[part], order[part]) for part in parts])
 
     def plan_pull(self, *, calls: int, batch: int) -> None:
         """Pull random known blocks, verified, into random target buffers."""
@@ -126,7 +128,9 @@ class Worker:
         targets = [t for _ in range(calls) for t in self._draw(len(self._targets), batch)]
         parts = [slice(i * batch, (i + 1) * batch) for i in range(calls)]
         self._pulled = (blocks[parts[-1]], targets[parts[-1]])
-        self._job = lambda: _timed([lambda p=p: self._pull(blocks[p], targets[p]) for p in parts])
+        self._job = lambda: _timed(
+            [partial(self._pull, blocks[part], targets[part]) for part in parts]
+        )
 
     def run(self, *, at: float) -> Timing:
         """Run the planned job at an instant."""
@@ -212,7 +216,7 @@ async def _lookups(
         grpc.aio.insecure_channel(address) as channel,
     ):
         namespace = await client.open_namespace(spec)
-        stub = kvserver_pb2_grpc.CacheStub(channel)
+        stub = kvserver_pb2_grpc.CacheStub(channel)  # type: ignore[no-untyped-call]
         hello = await stub.Hello(
             kvserver_pb2.HelloRequest(protocol_version=1, client_name="bench-empty")
         )

@@ -22,11 +22,11 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
+
+import kvserver
 from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
-
-import kvserver
 from kvserver import config, tables
 
 EXIT_OK, EXIT_BAD, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
@@ -92,7 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
     evict = _add_client_command(commands, "evict", _evict, "evict the blocks of one namespace")
     evict.add_argument("namespace", help="the namespace's id, or the first 4 or more digits of it")
     evict.add_argument("--drop", action="store_true", help="forget the namespace as well")
-    _add_files_command(commands, "check", _check, "verify every block of a stopped server's files")
+    check = _add_files_command(
+        commands, "check", _check, "verify every block of a stopped server's files"
+    )
+    check.add_argument("--quick", action="store_true", help="check directories only, no payload")
     purge = _add_files_command(commands, "purge", _purge, "remove a stopped server's files")
     purge.add_argument("--yes", action="store_true", help="do it; without it, only say what")
     return parser
@@ -103,9 +106,10 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="run a server",
         description="Run a server until SIGTERM or SIGINT. Every option can also be set in the"
-        " environment (KVSERVER_HOST_BYTES) or in a TOML file (host_bytes = \"32GiB\"); the command"
+        ' environment (KVSERVER_HOST_BYTES) or in a TOML file (host_bytes = "32GiB"); the command'
         " line wins, then the environment, then the file.",
-        epilog="example: kvserver serve --host-bytes 32GiB --disk-path /nvme/kv --disk-bytes 500GiB",
+        epilog="example: kvserver serve --host-bytes 32GiB --disk-path /nvme/kv"
+        " --disk-bytes 500GiB",
     )
     serve.set_defaults(run=_serve)
     serve.add_argument("--config", metavar="FILE", help="TOML file with options")
@@ -247,4 +251,61 @@ def _evict(parsed: argparse.Namespace) -> int:
     else:
         size = config.format_bytes(reply.bytes)
         print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}")
+    return EXIT_OK
+
+
+def _directories(parsed: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    if parsed.host_dir is None and parsed.disk_path is None:
+        raise CommandError("name at least one of --host-dir and --disk-path", EXIT_USAGE)
+    return parsed.host_dir, parsed.disk_path
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    """Says how far a check is, on stderr, at most every half second and at the end."""
+    said = [time.monotonic()]
+
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - said[0] > 0.5:
+            said[0] = now
+            print(f"{name}: {done} of {total} blocks checked", file=sys.stderr)
+
+    return tell
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from kvserver import offline
+
+    host_dir, disk_path = _directories(parsed)
+    verify = not parsed.quick
+    reports = []
+    try:
+        if host_dir is not None:
+            progress = _progress("host")
+            reports.append(offline.check_host_files(host_dir, verify=verify, progress=progress))
+        if disk_path is not None:
+            progress = _progress("disk")
+            reports.append(offline.check_disk_files(disk_path, verify=verify, progress=progress))
+    except offline.OfflineError as error:
+        raise CommandError(str(error)) from error
+    print(offline.report_table(reports))
+    return EXIT_BAD if any(report.bad for report in reports) else EXIT_OK
+
+
+def _purge(parsed: argparse.Namespace) -> int:
+    from kvserver import offline
+
+    host_dir, disk_path = _directories(parsed)
+    purges = [(host_dir, offline.purge_host_files), (disk_path, offline.purge_disk_files)]
+    for directory, purge in purges:
+        if directory is None:
+            continue
+        if not parsed.yes:
+            print(f"would remove the kvserver files in {directory}; say --yes to do it")
+            continue
+        try:
+            freed = purge(directory)
+        except offline.OfflineError as error:
+            raise CommandError(str(error)) from error
+        print(f"removed the kvserver files in {directory}: {config.format_bytes(freed)}")
     return EXIT_OK

@@ -198,12 +198,9 @@ class Settings:
     spill_queue_bytes_max: int = _option(
         1 << 30,
         "committed bytes that may wait for their write to disk; beyond it ordinary blocks"
-        " lose their disk copy",
-        _size(0),
+        " lose their disk copy; at most a quarter of the host tier",
+        _size(1),
         _DISK,
-    )
-    spill_bytes_per_day: int = _option(
-        0, "bytes written to disk a day, because flash wears out; 0: no bound", _size(0), _DISK
     )
     device_bytes: int = _option(0, "GPU memory for the hottest blocks; 0: none", _size(0), _DEVICE)
     keys_per_call_max: int = _option(
@@ -228,6 +225,12 @@ class Settings:
     )
     sessions_max: int = _option(4096, "open sessions", _count(1, 1 << 20), _LIMITS)
     namespaces_max: int = _option(4096, "known namespaces", _count(1, 1 << 20), _LIMITS)
+    clients_per_session_max: int = _option(
+        256, "writers (ranks, connections) of one session", _count(1, 1 << 16), _LIMITS
+    )
+    reservations_max: int = _option(16_384, "open reservations", _count(1, 1 << 20), _LIMITS)
+    leases_max: int = _option(65_536, "leases given out", _count(1, 1 << 24), _LIMITS)
+    streams_max: int = _option(4096, "open read streams", _count(1, 1 << 20), _LIMITS)
     rpcs_max: int = _option(
         1024, "calls that may run at once; more are refused", _count(1, 1 << 20), _LIMITS
     )

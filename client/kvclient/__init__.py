@@ -1,0 +1,68 @@
+"""The client of kvserver: push and pull KV blocks by prefix hash.
+
+`Client` is synchronous and may be used from several threads; `AsyncClient` belongs to one event
+loop. Both open lazily enough to be created after forks. Errors are KVErrors; a pulled block is
+byte-exact or a miss.
+"""
+
+from kvclient.aio import AsyncClient
+from kvclient.client import Client, Namespace
+from kvclient.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Gone,
+    InvalidArgument,
+    KVError,
+    LimitExceeded,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
+from kvclient.handles import SyncGranted, SyncReadStream, SyncReservation
+from kvclient.namespace import AsyncNamespace
+from kvclient.reading import Granted, ReadStream
+from kvclient.results import (
+    BlockState,
+    CommitVerdict,
+    Limits,
+    Lookup,
+    Need,
+    PullResult,
+    PushResult,
+    PushVerdict,
+    ReserveVerdict,
+    Tier,
+)
+from kvclient.writing import Reservation
+
+__all__ = [
+    "AsyncClient",
+    "AsyncNamespace",
+    "BlockState",
+    "Client",
+    "CommitVerdict",
+    "Conflict",
+    "DeadlineExceeded",
+    "Gone",
+    "Granted",
+    "InvalidArgument",
+    "KVError",
+    "LimitExceeded",
+    "Limits",
+    "Lookup",
+    "Namespace",
+    "Need",
+    "NotFound",
+    "PullResult",
+    "PushResult",
+    "PushVerdict",
+    "ReadStream",
+    "Reservation",
+    "ReserveVerdict",
+    "SyncGranted",
+    "SyncReadStream",
+    "SyncReservation",
+    "Tier",
+    "Unavailable",
+    "Unsupported",
+]

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from kvproto.errors import FieldError
-from kvproto.grid import Grid, Region
-from kvproto.prefix import HASH_BYTES, ROOT
 
 from kvclient.errors import InvalidArgument
 from kvclient.results import Bytes
+from kvproto.errors import FieldError
+from kvproto.grid import Grid, Region
+from kvproto.prefix import HASH_BYTES, ROOT
 
 Arrays = Bytes | Sequence[Bytes]
 

@@ -28,11 +28,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from kvproto.checksum import grid_checksums, root_of
-from kvproto.grid import Grid, Region
 
 from kvclient.errors import KVError, Unavailable
 from kvclient.transfer.base import Arena, Bytes
+from kvproto.checksum import grid_checksums, root_of
+from kvproto.grid import Grid, Region
 
 CHUNK_BYTES = 128 << 10  # measured: 128 KiB to 256 KiB is best with 2 MiB of L2 a core
 TASK_BYTES_MIN = 1 << 20
@@ -109,6 +109,8 @@ class Copier:
                     await asyncio.wait([waiting])
             raise
         for result in results:
+            if isinstance(result, asyncio.CancelledError):
+                raise Unavailable("the client is closed")
             if isinstance(result, BaseException):
                 raise result
 
@@ -137,9 +139,7 @@ def cells_of(slot: Bytes, grid: Grid, tokens: int, region: Region) -> Bytes:
     """[layers, heads, cell bytes] of the region, a view of a slot's payload."""
     cell = grid.cell_bytes(tokens)
     payload = slot[: grid.cells * cell].reshape(grid.layers, grid.heads, cell)
-    return payload[
-        region.layer_start : region.layer_stop, region.head_start : region.head_stop
-    ]
+    return payload[region.layer_start : region.layer_stop, region.head_start : region.head_stop]
 
 
 def _rows(cells: Bytes, other: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
@@ -153,7 +153,7 @@ def _rows(cells: Bytes, other: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
 
 def _dense(cells: Bytes) -> bool:
     """Whether layers and heads can be walked as one axis."""
-    return cells.shape[0] == 1 or cells.strides[0] == cells.shape[1] * cells.strides[1]
+    return bool(cells.shape[0] == 1 or cells.strides[0] == cells.shape[1] * cells.strides[1])
 
 
 def _flat(cells: Bytes, shape: tuple[int, int]) -> Bytes:
@@ -195,7 +195,7 @@ def _copy_long_rows(
                 return False
             part = slice(start, start + CHUNK_BYTES)
             np.copyto(target[row, part], source[row, part])
-            state.update(hashed[row, part])
+            state.update(hashed[row, part].data)
         sums[row] = state.intdigest()
     return True
 
@@ -324,4 +324,3 @@ class Reading:
         if not current():
             return Outcome.STALE
         return Outcome.OK if good else Outcome.CORRUPT
-

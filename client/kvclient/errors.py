@@ -94,7 +94,7 @@ def from_rpc(error: grpc.RpcError, *, what: str, address: str) -> KVError:
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() or "") if hasattr(error, "details") else str(error)
     trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
-    metadata = {key: value for key, value in (trailing or ())}
+    metadata = dict(trailing or ())
     kind = _BY_CODE.get(code, KVError)
     return kind(
         f"{what} at {address}: {details or code.name}",

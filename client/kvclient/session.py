@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +26,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from kvproto.v1 import kvserver_pb2 as pb
-from kvproto.v1 import kvserver_pb2_grpc as rpc
 
 from kvclient.errors import (
     TIMEOUTS,
@@ -45,6 +43,8 @@ from kvclient.results import Limits
 from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
 from kvclient.transfer.base import Arena
 from kvclient.transfer.shm import open_arena
+from kvproto.v1 import kvserver_pb2 as pb
+from kvproto.v1 import kvserver_pb2_grpc as rpc
 
 PROTOCOL_VERSION = 1
 TRANSPORTS = ("shm",)  # what this client speaks, best first
@@ -125,6 +125,7 @@ class Session:
         self._attempt: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
         self._beating = True
         self._closed = False
         self.reconnects = 0
@@ -151,8 +152,8 @@ class Session:
     async def open(self) -> None:
         """Dial, say Hello, map the arena. Every error names the address and the reason."""
         self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
-        cache, admin = rpc.CacheStub(self._channel), rpc.AdminStub(self._channel)
-        self._stubs = {**vars(cache), **vars(admin)}
+        for stub in (rpc.CacheStub, rpc.AdminStub):
+            self._stubs.update(vars(stub(self._channel)))
         try:
             self._link = await self._hello(Deadline(self.options.deadline_s))
         except BaseException:
@@ -166,9 +167,10 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        tasks = [*self._background, *([self._keeper] if self._keeper else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         link = self._link
         if link is not None and link.lost is None:
             self._lose(link, "closed")
@@ -245,7 +247,7 @@ class Session:
         except grpc.aio.UsageError as error:
             raise Unavailable(f"{name} at {self.address}: the client is closed") from error
         except asyncio.CancelledError:
-            self._cancelled(name)
+            self.cancelled(name)
             raise
 
     def stream(self, name: str, request: Message) -> Any:
@@ -255,7 +257,7 @@ class Session:
         except grpc.aio.UsageError as error:
             raise Unavailable(f"{name} at {self.address}: the client is closed") from error
 
-    def _cancelled(self, name: str) -> None:
+    def cancelled(self, name: str) -> None:
         """A channel that closes cancels its calls: for them that is Unavailable."""
         task = asyncio.current_task()
         if self._closed and task is not None and not task.cancelling():
@@ -269,6 +271,13 @@ class Session:
         if isinstance(typed, Unavailable):
             self._wake.set()
         return typed
+
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something that no caller waits for; it is cancelled by `close`."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     # ---- renewal -------------------------------------------------------------------------
 
@@ -365,7 +374,13 @@ class Session:
                 f"the hub at {options.address} speaks protocol {reply.protocol_version}, "
                 f"this client {PROTOCOL_VERSION}"
             )
-        arena = await self._map(reply, deadline)
+        try:
+            arena = await self._map(reply, deadline)
+        except KVError:
+            goodbye = pb.GoodbyeRequest(session=reply.session, client=reply.client, drained=True)
+            with suppress(KVError):  # unheard, the session ends by its own clock
+                await self.rpc("Goodbye", goodbye, Deadline(1.0))
+            raise
         self._log.info(
             "connected to %s (kvserver %s, epoch %d): session %x, transport %s at %s",
             *(options.address, reply.server_version, reply.epoch, reply.session),

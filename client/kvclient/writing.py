@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-from kvproto.grid import Region
-from kvproto.v1 import kvserver_pb2 as pb
 
 from kvclient.checks import Arrays, blocks_of, region_in
 from kvclient.copying import Checksums, Slot, Writing, cells_of
@@ -26,6 +24,8 @@ from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
 from kvclient.results import Bytes, CommitVerdict, PushVerdict, ReserveVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
+from kvproto.grid import Region
+from kvproto.v1 import kvserver_pb2 as pb
 
 if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
@@ -55,9 +55,7 @@ class Reservation:
         self.verdicts: Bytes = np.frombuffer(reply.verdicts, np.uint8)
         if len(self.verdicts) != count:
             raise KVError(f"the hub answered {len(self.verdicts)} of {count} keys")
-        self.writable: list[int] = np.flatnonzero(
-            self.verdicts == ReserveVerdict.WRITE
-        ).tolist()
+        self.writable: list[int] = np.flatnonzero(self.verdicts == ReserveVerdict.WRITE).tolist()
         offsets = np.frombuffer(reply.offsets, "<u8")
         generations = np.frombuffer(reply.generations, "<u8")
         self._slots = {
@@ -285,9 +283,7 @@ class Reservation:
             )
 
         try:
-            _, reply = await self._namespace.session.call(
-                "Commit", make, deadline, link=self._link
-            )
+            _, reply = await self._namespace.session.call("Commit", make, deadline, link=self._link)
         except Gone:
             raise
         except NotFound:  # the reservation expired: all of it
@@ -348,9 +344,7 @@ class Push:
                 self._namespace.session.background(reservation.abort())
             raise
 
-    async def _pipelined(
-        self, windows: list[list[int]], tasks: list[asyncio.Task[object]]
-    ) -> None:
+    async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[object]]) -> None:
         loop = asyncio.get_running_loop()
         reserving = loop.create_task(self._reserve(windows[0]))
         tasks.append(reserving)
@@ -385,14 +379,14 @@ class Push:
             yield window
 
     async def _reserve(self, window: list[int]) -> Reservation:
-        reservation = await self._namespace.reserve(
+        reservation = await self._namespace.reserve_within(
+            self._deadline,
             [self._hashes[i] for i in window],
             [self._parents[i] for i in window],
-            tokens=[self._tokens[i] for i in window],
+            [self._tokens[i] for i in window],
             region=self._region,
             wait_s=self._wait_s,
             durable=self._durable,
-            deadline_s=self._deadline.left(),
         )
         self._open.add(reservation)
         for position, index in enumerate(window):
@@ -403,9 +397,7 @@ class Push:
         if not reservation.writable:
             return None
         sources = [self._sources[window[position]] for position in reservation.writable]
-        return await reservation._work(
-            reservation.writable, sources, self._region, self._deadline
-        )
+        return await reservation._work(reservation.writable, sources, self._region, self._deadline)
 
     async def _finish(
         self, window: list[int], reservation: Reservation, work: Writing | None

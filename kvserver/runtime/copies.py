@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from kvproto.checksum import root_of, trailer_of
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core.events import BlockInfo, Copy, JobDone, JobKind, Place, Tier, Verify
 from kvserver.runtime import failpoints
 from kvserver.runtime.disk import DiskTier

@@ -15,14 +15,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from kvproto.namespace import NamespaceSpec
 
+from kvproto.namespace import NamespaceSpec
 from kvserver.core.events import BlockInfo, Copy, Place
 from kvserver.journal.directory import Directory, JournalError
 from kvserver.journal.record import DiskRecord
@@ -65,6 +64,8 @@ class DiskTier:
         self._failed = failed
         self._log = log
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._running = 0  # operations on journal or file, in any thread
         self._namespaces: dict[bytes, bytes] = {}
         self._recorded: set[int] = set()
         self._forgotten: set[int] = set()
@@ -133,9 +134,8 @@ class DiskTier:
         self._file.sync()
         failpoints.hit("spill.before_valid")
         self._recorded.update(targets)
-        for spill in batch:
-            failpoints.hit("journal.put")
-            self._journal.put_valid(spill.copy.target.offset, spill.record)
+        failpoints.hit("journal.put")
+        self._journal.put_batch((spill.copy.target.offset, spill.record) for spill in batch)
         failpoints.hit("spill.before_wal_sync")
         self._sync_journal()
         failpoints.hit("spill.after_valid")
@@ -168,13 +168,19 @@ class DiskTier:
 
     @contextlib.contextmanager
     def _io(self, operation: str) -> Iterator[None]:
-        if not self.up:
-            raise DiskDown(f"{operation}: the disk tier is down")
+        with self._lock:
+            if not self.up:
+                raise DiskDown(f"{operation}: the disk tier is down")
+            self._running += 1
         try:
             yield
         except FAILURES as error:
             self._go_down(f"{operation}: {error}")
             raise DiskDown(f"{operation}: {error}") from error
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     def _go_down(self, reason: str) -> None:
         with self._lock:
@@ -184,6 +190,8 @@ class DiskTier:
 
     def reopen(self) -> bool:
         """Try to come back: journal, file, and the records that must not survive."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._running == 0)
         try:
             failpoints.hit("disk.reopen")
             self._journal.reopen()

@@ -49,24 +49,16 @@ from kvserver.core.events import (
     Tier,
     Verify,
 )
-from kvserver.core.hub import Hub
+from kvserver.core.hub import Hub, HubConfig
 from kvserver.runtime import failpoints
+from kvserver.runtime.entries import HostEntries
+from kvserver.tiers.host import HostArena
 
 TICK_S = 0.05
 STALL_S = 1.0
 SUSPECTS_S = 1.0
 Result = TypeVar("Result")
 Checksums = npt.NDArray[np.uint64]
-
-
-class Entries(Protocol):
-    """Writes the host arena's directory and slot trailers (`kvserver.runtime.entries`)."""
-
-    def reserved(self, place: Place, clients: tuple[int, ...]) -> None: ...
-
-    def invalid(self, place: Place) -> None: ...
-
-    def committed(self, instruction: CellsCommitted, checksums: Checksums) -> bool: ...
 
 
 class Jobs(Protocol):
@@ -82,16 +74,16 @@ class Driver:
 
     def __init__(
         self,
-        hub: Hub,
+        config: HubConfig,
         *,
-        entries: Entries,
+        host: HostArena,
         report: Callable[[str, BaseException], None],
         is_dead: Callable[[int], bool],
         clock: Callable[[], float] = time.monotonic,
         log: logging.Logger,
     ) -> None:
-        self.hub = hub
-        self._entries = entries
+        self.hub = Hub(config)
+        self.entries = HostEntries(host, self.hub.spec_of)
         self._jobs: Jobs | None = None
         self._report = report
         self._is_dead = is_dead
@@ -130,6 +122,11 @@ class Driver:
             self._loop = None
 
     # ---- requests ------------------------------------------------------------------------
+
+    @property
+    def open_requests(self) -> int:
+        """Requests and streams that have no answer yet."""
+        return len(self._open) + len(self._streams)
 
     def ticket(self) -> int:
         return next(self._tickets)
@@ -271,13 +268,13 @@ class Driver:
             case CellsCommitted():
                 self._commit_cells(instruction)
             case EntryReserved(place, clients):
-                self._entries.reserved(place, clients)
+                self.entries.reserved(place, clients)
                 failpoints.hit("reserve.after_entry")
             case EntryInvalid(place):
                 if place.tier is Tier.DISK:
                     self._running_jobs().forget(place)
                 elif place.tier is Tier.HOST:
-                    self._entries.invalid(place)
+                    self.entries.invalid(place)
             case Copy() | Verify():
                 self._running_jobs().submit(instruction)
 
@@ -287,7 +284,7 @@ class Driver:
 
     def _commit_cells(self, instruction: CellsCommitted) -> None:
         checksums = self._checksums[instruction.ticket][instruction.index]
-        if not self._entries.committed(instruction, checksums):
+        if not self.entries.committed(instruction, checksums):
             self._mismatched[instruction.ticket].add(instruction.index)
 
     def _answer(self, ticket: int, result: object) -> None:

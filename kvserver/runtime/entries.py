@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+
 from kvproto.checksum import root_of, trailer_of
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core.events import CellsCommitted, Place, Tier
 from kvserver.runtime import failpoints
 from kvserver.tiers.entry import ValidEntry

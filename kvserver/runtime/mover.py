@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core.events import (
     Copy,
     Event,
@@ -90,7 +89,7 @@ class Mover:
 
     def forget(self, place: Place) -> None:
         """A disk slot's block has left: its record goes, at the latest before its bytes change."""
-        assert place.tier is Tier.DISK and self._disk is not None, place
+        assert self._disk is not None, place
         self._disk.forget([place.offset])
         with self._wake:
             self._dirty = True
@@ -190,7 +189,6 @@ class Mover:
             return None
         info, target = job.info, job.target
         record = DiskRecord(
-            target.offset,
             target.slot_bytes,
             target.generation,
             spec.tag,

@@ -12,11 +12,9 @@ import logging
 import time
 
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.driver import Driver
-from kvserver.runtime.entries import HostEntries
 from kvserver.runtime.mover import Mover
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
@@ -24,3 +22,137 @@ from kvserver.tiers.liveness import Liveness
 from kvserver.tiers.names import NamespaceLog
 
 SWEEP_S = 1.0
+NEAR_MISSES_MAX = 16  # told of one namespace
+
+
+class Node:
+    """See the module's rules. All methods run on the loop's thread."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        host: HostArena,
+        mover: Mover,
+        liveness: Liveness,
+        names: NamespaceLog,
+        specs: list[NamespaceSpec],
+        log: logging.Logger,
+    ) -> None:
+        self.driver = driver
+        self.sessions = Sessions()
+        self.epoch = host.epoch
+        self.arena_id = host.arena_id
+        self.draining = False
+        self.started = time.monotonic()
+        self.near_misses: dict[bytes, list[str]] = {}
+        self._mover = mover
+        self._liveness = liveness
+        self._names = names
+        self._specs = {spec.id: spec for spec in specs}
+        self._log = log
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.driver.start()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="sweep")
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        await self.driver.stop()
+
+    # ---- sessions --------------------------------------------------------------------------
+
+    async def open_session(self, *, tenant: str, name: str, version: str) -> Session:
+        session = self.sessions.create(tenant=tenant, name=name, version=version)
+        event = events.OpenSession(self.driver.ticket(), session.id, tenant)
+        await self.driver.ask(event, type(None))
+        self.sessions.add(session)
+        return session
+
+    async def join_session(self, session: Session) -> int:
+        """A new client (writer) of the session; its id."""
+        client = self._liveness.new_client_id()
+        event = events.JoinSession(self.driver.ticket(), session.id, client)
+        await self.driver.ask(event, type(None))
+        session.clients.add(client)
+        return client
+
+    async def leave_session(self, session: Session, client: int, *, drained: bool) -> None:
+        """One client leaves; with the last one the session ends."""
+        ticket = self.driver.ticket()
+        left = events.CloseClient(ticket, session.id, client, drained=drained)
+        await self.driver.ask(left, type(None))
+        session.clients.discard(client)
+        if not session.clients:
+            ended = events.CloseSession(self.driver.ticket(), session.id, drained=drained)
+            await self.driver.ask(ended, type(None))
+            self.sessions.remove(session.id)
+
+    # ---- namespaces --------------------------------------------------------------------------
+
+    async def open_namespace(self, session: Session, spec: NamespaceSpec) -> tuple[int, list[str]]:
+        """The handle, and the namespaces that differ in one field, as texts."""
+        if spec.tenant != session.tenant:
+            raise CoreError(
+                ErrorKind.INVALID,
+                f"spec.tenant is {spec.tenant!r}, the session's tenant is {session.tenant!r}",
+                field="spec.tenant",
+                limit=session.tenant,
+            )
+        event = events.OpenNamespace(self.driver.ticket(), session.id, spec)
+        handle = await self.driver.ask(event, int)
+        if spec.id not in self._specs:
+            self._write_down(spec)
+        if spec.id not in self.near_misses:
+            self._find_near_misses(spec)
+        session.namespaces[handle] = spec
+        return handle, self.near_misses[spec.id]
+
+    def slot_bytes(self, spec: NamespaceSpec) -> int:
+        """The size class that a full block of a namespace takes."""
+        return self.driver.hub.slot_class_bytes(spec.grid.slot_bytes())
+
+    def _write_down(self, spec: NamespaceSpec) -> None:
+        try:
+            self._names.add(spec.canonical)
+        except OSError as error:
+            raise CoreError(
+                ErrorKind.UNAVAILABLE, f"the namespace cannot be written down: {error}"
+            ) from error
+        self._mover.add_namespace(spec)
+        self._specs[spec.id] = spec
+
+    def _find_near_misses(self, spec: NamespaceSpec) -> None:
+        """ "Why no hits?": a namespace that differs in one field is logged and shown in stats."""
+        near = [
+            f"{differing[0]} differs from namespace {other.id.hex()[:16]} ({other.model})"
+            for other in self._specs.values()
+            if other.tenant == spec.tenant and len(differing := spec.differences(other)) == 1
+        ]
+        self.near_misses[spec.id] = near[:NEAR_MISSES_MAX]
+        if near:
+            fields = {"namespace": spec.id.hex()[:16], "model": spec.model, "near": near[:4]}
+            self._log.warning("near_miss_namespace", extra={"fields": fields})
+
+    async def drop_namespace(self, namespace_id: bytes) -> events.Evicted:
+        event = events.DropNamespace(self.driver.ticket(), namespace_id)
+        evicted = await self.driver.ask(event, events.Evicted)
+        self._specs.pop(namespace_id, None)
+        self.near_misses.pop(namespace_id, None)
+        self._names.rewrite(spec.canonical for spec in self._specs.values())
+        return evicted
+
+    # ---- draining ----------------------------------------------------------------------------
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Take no new reservations; True when the write-behind is empty within the deadline."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.driver.ask(events.Drain(self.driver.ticket()), type(None))
+        except TimeoutError:
+            return False
+        return True

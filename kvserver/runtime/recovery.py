@@ -1,4 +1,4 @@
-"""What a start finds: blocks in the host arena and on disk, and slots that somebody may still write.
+"""What a start finds: blocks in the host arena and on disk, and slots that may still be written.
 
 Rule 1: recovery tells, the core decides: what is found becomes Restore events, and what the core
 does not take it answers with EntryInvalid.
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 
 from kvproto.errors import FieldError
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core.events import (
     Event,
     RestoreBlocks,
-    RestoreDone,
     RestoredBlock,
+    RestoreDone,
     RestoreNamespace,
     RestoreQuarantined,
     Tier,
@@ -48,7 +47,9 @@ class Recovered:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
-def restore_namespaces(canonicals: Sequence[bytes], tell: Tell, found: Recovered) -> list[NamespaceSpec]:
+def restore_namespaces(
+    canonicals: Sequence[bytes], tell: Tell, found: Recovered
+) -> list[NamespaceSpec]:
     """Tell the core of every namespace that can be decoded; those specs, without repetition."""
     specs: dict[bytes, NamespaceSpec] = {}
     for canonical in canonicals:
@@ -68,7 +69,9 @@ def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recover
     """Tell the core what the arena's directory says."""
     valid, reserved, damaged = host.scan()
     found.drop("damaged host entry", damaged)
-    _restore_blocks(Tier.HOST, valid, tell)
+    for start in range(0, len(valid), BATCH_BLOCKS):
+        batch = valid[start : start + BATCH_BLOCKS]
+        tell(RestoreBlocks(Tier.HOST, [_restored(entry.offset, entry) for entry in batch]))
     found.host_blocks = len(valid)
     for entry in reserved:
         for client in entry.clients:
@@ -83,27 +86,22 @@ def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recover
     tell(RestoreDone(Tier.HOST, host.generation_max))
 
 
-def restore_disk(records: Sequence[DiskRecord], tell: Tell, found: Recovered) -> None:
-    """Tell the core what the journal says."""
-    _restore_blocks(Tier.DISK, records, tell)
+def restore_disk(records: Sequence[tuple[int, DiskRecord]], tell: Tell, found: Recovered) -> None:
+    """Tell the core what the journal says: offsets and records."""
+    for start in range(0, len(records), BATCH_BLOCKS):
+        batch = records[start : start + BATCH_BLOCKS]
+        tell(RestoreBlocks(Tier.DISK, [_restored(offset, record) for offset, record in batch]))
     found.disk_blocks = len(records)
-    tell(RestoreDone(Tier.DISK, max((r.generation for r in records), default=0)))
+    tell(RestoreDone(Tier.DISK, max((r.generation for _, r in records), default=0)))
 
 
-def _restore_blocks(
-    tier: Tier, entries: Sequence[ValidEntry] | Sequence[DiskRecord], tell: Tell
-) -> None:
-    for start in range(0, len(entries), BATCH_BLOCKS):
-        blocks = [
-            RestoredBlock(
-                entry.tag,
-                entry.key,
-                entry.parent,
-                entry.tokens,
-                entry.offset,
-                entry.slot_bytes,
-                entry.generation,
-            )
-            for entry in entries[start : start + BATCH_BLOCKS]
-        ]
-        tell(RestoreBlocks(tier, blocks))
+def _restored(offset: int, entry: ValidEntry | DiskRecord) -> RestoredBlock:
+    return RestoredBlock(
+        entry.tag,
+        entry.key,
+        entry.parent,
+        entry.tokens,
+        offset,
+        entry.slot_bytes,
+        entry.generation,
+    )

@@ -14,7 +14,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from kvproto.namespace import NamespaceSpec
-
 from kvserver.core.errors import CoreError, ErrorKind
 
 TOKEN_BYTES = 16

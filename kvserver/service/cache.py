@@ -11,12 +11,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import kvserver
 from kvproto.errors import FieldError
 from kvproto.namespace import TEXT_BYTES_MAX
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
-
-import kvserver
 from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
@@ -106,7 +105,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         session = self._session(request.session)
         spec = convert.spec_from(request.spec)
         handle, near_misses = await self._node.open_namespace(session, spec)
-        slot_bytes = self._driver.hub.slot_class_bytes(spec.grid.slot_bytes())
+        slot_bytes = self._node.slot_bytes(spec)
         return pb.OpenNamespaceReply(
             handle=handle,
             namespace_id=spec.id,
@@ -260,7 +259,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
     def _grant(self, item: events.Granted) -> pb.AcquireReply:
         blocks = item.blocks
         offsets, generations = convert.places_to([b.place for b in blocks])
-        entries = self._node.entries
+        entries = self._driver.entries
         roots = (entries.root(b.place) if b.complete else 0 for b in blocks)
         grant = pb.Grant(
             lease=item.lease,

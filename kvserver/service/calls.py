@@ -16,8 +16,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, Self
 
 import grpc
-from kvproto.errors import FieldError
 
+from kvproto.errors import FieldError
 from kvserver.core.errors import CoreError
 from kvserver.service.convert import Status, limit_error, status_of
 

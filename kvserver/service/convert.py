@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 import grpc
 import numpy as np
 import numpy.typing as npt
+
 from kvproto.errors import FieldError
 from kvproto.grid import HEADS_MAX, LAYERS_MAX, Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import HASH_BYTES
 from kvproto.v1 import kvserver_pb2 as pb
-
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Need, Place
 

@@ -229,7 +229,7 @@ class HostArena:
             free = _free_bytes(self.path.parent)
             raise FieldError(
                 "host_bytes",
-                file_offset + view.nbytes,
+                self.data_bytes,
                 f"what {self.path.parent} can hold ({free} bytes are free): {error}",
             ) from error
 

@@ -58,6 +58,8 @@ class SharedArena(Protocol):
     def data_offset(self) -> int: ...
     @property
     def data_bytes(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
 
 
 class LivenessFiles(Protocol):
@@ -192,7 +194,7 @@ class ShmServer:
             answer = Answer(
                 status=Status.OK,
                 epoch=self._arena.epoch,
-                file_bytes=os.fstat(self._arena.fd).st_size,
+                file_bytes=self._arena.file_bytes,
                 table_offset=self._arena.table_offset,
                 data_offset=self._arena.data_offset,
                 data_bytes=self._arena.data_bytes,

@@ -9,6 +9,7 @@ The child (`engine_main.py`) runs one `vllm.LLM`; it speaks on its standard outp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -128,7 +129,9 @@ class Engine:
             **(environment or {}),
         }
         if tensor_parallel > 1:
-            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tensor_parallel))))
+            variables.setdefault(
+                "VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tensor_parallel)))
+            )
         with log_path.open("a") as log:
             process = subprocess.Popen(
                 [sys.executable, str(MAIN), json.dumps(settings)],
@@ -231,7 +234,9 @@ class Engine:
         self._next += 1
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"id": self._next, "do": command, **fields}) + "\n")
+            self._process.stdin.write(
+                json.dumps({"id": self._next, "do": command, **fields}) + "\n"
+            )
             self._process.stdin.flush()
         except BrokenPipeError:
             raise EngineError(f"the engine is gone:\n{self.log()}") from None
@@ -276,10 +281,8 @@ class Engine:
     def close(self) -> None:
         """End the process and its children, whatever they do."""
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(EngineError):
                 self.stop(15.0)
-            except EngineError:
-                pass
         self._kill_group()
         self._process.wait(10)
         for stream in (self._process.stdin, self._process.stdout):
@@ -287,10 +290,8 @@ class Engine:
                 stream.close()
 
     def _kill_group(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def __enter__(self) -> Self:
         return self

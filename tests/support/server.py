@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+
 from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
 
 START_DEADLINE_S = 20.0
@@ -53,7 +54,8 @@ class ServerProcess:
             "host_bytes": "64MiB",
             **options,
         }
-        if "host_dir" not in self.options:
+        self._owns_host_dir = "host_dir" not in self.options
+        if self._owns_host_dir:
             self.options["host_dir"] = tempfile.mkdtemp(prefix="kvserver-test-", dir=SHM)
         if self.options.get("disk_bytes"):
             self.options.setdefault("disk_path", str(tmp_path / "disk"))
@@ -144,7 +146,8 @@ class ServerProcess:
             self._process.send_signal(signal.SIGCONT)
             self._process.kill()
             self._process.wait(10)
-        shutil.rmtree(self.host_dir, ignore_errors=True)
+        if self._owns_host_dir:
+            shutil.rmtree(self.host_dir, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

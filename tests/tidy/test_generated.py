@@ -43,9 +43,11 @@ def test_stubs_accept_every_runtime_that_pyproject_allows() -> None:
     }
     for name, need in needs.items():
         floor = re.search(rf'^  "{name}>=([\d.]+)', text, re.MULTILINE)
-        assert need and floor
-        assert _numbers(floor[1]) >= _numbers(need[1])[: len(_numbers(floor[1]))], name
+        assert need is not None, name
+        assert floor is not None, name
+        assert _numbers(floor[1]) >= _numbers(need[1]), name
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    """Major, minor and patch; what is not told is 0."""
+    return tuple(int(part) for part in (version + ".0.0").split(".")[:3])

@@ -19,10 +19,9 @@ _LEFTOVERS = re.compile(
     + "|".join([r"\bfor n" + r"ow\b", "place" + "holder"]),
 )
 # Folders of one machine: a build farm's, somebody's home, a scratch space.
-_MACHINE_PATHS = re.compile(
-    r"(?<![\w.$}/-])/(?:" + "|".join(["wo" + "rk", "fa" + "rm", "ro" + "ot", "ho" + "me/\\w+"]) + ")/"
-    "|" + "/op" + "t/(?:py" + "pi|wh" + "eels)"
-)
+_FOLDERS = "|".join(["wo" + "rk", "fa" + "rm", "ro" + "ot", "ho" + "me/(?!engine)\\w+"])
+_PACKAGES = "/op" + "t/(?:py" + "pi|wh" + "eels)"
+_MACHINE_PATHS = re.compile(rf"(?<![\w.$}}/-])/(?:{_FOLDERS})/|{_PACKAGES}")
 
 
 def test_modules_are_short() -> None:

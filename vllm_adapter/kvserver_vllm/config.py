@@ -50,7 +50,9 @@ class Settings:
                 f"kv_connector_extra_config: unknown key {unknown[0]!r}; known: {sorted(known)}"
             )
         if not extra.get("address"):
-            raise ConfigError("kv_connector_extra_config: address (host:port of the hub) is missing")
+            raise ConfigError(
+                "kv_connector_extra_config: address (host:port of the hub) is missing"
+            )
         for name, value in extra.items():
             _check(name, value)
         return cls(**extra)

@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import vllm
-from kvproto.namespace import NamespaceSpec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -27,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog

@@ -151,8 +151,8 @@ def config_attributes(config: Mapping[str, Any]) -> dict[str, str]:
         "window": ("sliding_window", "use_sliding_window", "layer_types", "attention_chunk_size"),
         "quantization": ("quantization_config",),
     }.items():
-        present = {k: rest.pop(k) for k in keys if rest.get(k) is not None}
-        attributes[name] = _readable(present)
+        found = {key: rest.pop(key, None) for key in keys}
+        attributes[name] = _readable({k: v for k, v in found.items() if v is not None})
     attributes["config"] = _digest_text(_canonical(rest))
     return attributes
 

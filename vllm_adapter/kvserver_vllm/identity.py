@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from kvproto.namespace import NamespaceSpec
-
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.fingerprint import config_attributes, fingerprint, join
 from kvserver_vllm.layout import CPU_ENCODING, TOKEN_ENCODING, HostPages, LayerTensor, PageFormat
@@ -56,7 +55,7 @@ def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
         raise UnsupportedError(
             f"speculative method {speculative.method!r} keeps KV of its own; ngram is supported"
         )
-    if config.cache_config.calculate_kv_scales:
+    if getattr(config.cache_config, "calculate_kv_scales", False):
         raise UnsupportedError("calculate_kv_scales: KV scales that depend on the traffic")
     weights_path(config)
 
@@ -114,7 +113,9 @@ def _cpu_encoding(isas: set[str]) -> str:
     return CPU_ENCODING if isa in _TRANSPOSED_ISAS else f"cpu-attn-{isa}/1"
 
 
-def rank_info(config: Any, names: Sequence[str], pages: HostPages, dtype: str, rank: int) -> RankInfo:
+def rank_info(
+    config: Any, names: Sequence[str], pages: HostPages, dtype: str, rank: int
+) -> RankInfo:
     """What tensor-parallel rank `rank` holds."""
     form: PageFormat = pages.format
     start, heads = head_range(config, rank)
@@ -212,7 +213,7 @@ class Adapters:
         self._known: dict[tuple[int, str], bytes] = {}
 
     def digest(self, lora: Any) -> bytes:
-        """Digest of a LoRARequest's adapter; one whose files cannot be read is this engine's own."""
+        """Digest of a LoRARequest's adapter. One that cannot be read is this engine's own."""
         key = (int(lora.lora_int_id), str(lora.lora_path))
         if lora.load_inplace or key not in self._known:
             self._known[key] = _adapter_digest(key[1])

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from kvproto.errors import FieldError
 
 Bytes = npt.NDArray[np.uint8]
@@ -192,7 +193,9 @@ class HostPages:
         first = described[0]
         for layer in described:
             if _shape(layer) != _shape(first):
-                raise FieldError("kv_caches", _shape(layer), f"equal in all layers, {_shape(first)}")
+                raise FieldError(
+                    "kv_caches", _shape(layer), f"equal in all layers, {_shape(first)}"
+                )
         self.layers = len(described)
         self.heads = first.heads
         self.blocks = first.blocks

@@ -15,19 +15,17 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from kvclient import AsyncClient, AsyncNamespace
-from kvclient.errors import DeadlineExceeded, KVError, Unavailable
+from kvclient import AsyncClient, AsyncNamespace, DeadlineExceeded, KVError, Limits, Unavailable
 from kvproto.namespace import NamespaceSpec
-
 from kvserver_vllm.scheduler import Answer
 
 logger = logging.getLogger("vllm.kvserver")
 
-CONNECT_S = 2.0
 BACKOFF_S = (0.05, 1.0)
 PROBE_S = 1.0
 """Deadline of one probe, and at most the time between two."""
 CALL_S = 5.0
+"""Deadline of calls that nobody waits for."""
 STOP_S = 2.0
 
 _links: dict[tuple[str, str], HubLink] = {}
@@ -91,6 +89,22 @@ class HubLink:
         except RuntimeError:
             work.close()
 
+    @property
+    def _limits(self) -> Limits:
+        if self._client is None:
+            raise Unavailable(f"no connection to {self.address}")
+        return self._client.limits
+
+    @property
+    def keys_max(self) -> int:
+        """Keys that one call may name."""
+        return self._limits.keys_per_call_max
+
+    @property
+    def window_bytes_max(self) -> int:
+        """Bytes that one read may hold leased at once."""
+        return self._limits.window_bytes_max
+
     # ---- called on the link's thread ---------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -118,7 +132,7 @@ class HubLink:
                 "kvserver: hub %s, namespace %s, transport %s",
                 self.address,
                 opened.id.hex()[:16],
-                self._client.transport,
+                self._client.session.link.arena.transport,
             )
             for note in opened.near_misses:
                 logger.warning("kvserver: %s", note)
@@ -139,7 +153,8 @@ class HubLink:
         try:
             async with asyncio.timeout(self._lookup_s):
                 namespace = await self.namespace(spec)
-                found = await namespace.lookup(hashes, pin_s=pin_s)
+                asked = list(hashes[: self.keys_max])
+                found = await namespace.lookup(asked, pin_s=min(pin_s, self._limits.lease_s_max))
         except (KVError, TimeoutError) as error:
             self.doubt(error)
             return None
@@ -148,7 +163,9 @@ class HubLink:
     async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None:
         try:
             async with asyncio.timeout(CALL_S):
-                await (await self.namespace(spec)).announce(hashes, ttl_s)
+                namespace = await self.namespace(spec)
+                coming = list(hashes[: self.keys_max])
+                await namespace.announce(coming, min(ttl_s, self._limits.announce_ttl_s_max))
         except (KVError, TimeoutError) as error:
             self.doubt(error)
 
@@ -188,7 +205,7 @@ class HubLink:
             try:
                 if self._client is None:
                     self._client = await AsyncClient.connect(
-                        self.address, name=self._name, tenant=self.tenant, deadline_s=CONNECT_S
+                        self.address, name=self._name, tenant=self.tenant, deadline_s=CALL_S
                     )
                     await self._open_greeting()
                 elif self._suspect:

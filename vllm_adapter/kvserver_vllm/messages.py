@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 
 @dataclass(frozen=True)
-class RankInfo(KVConnectorHandshakeMetadata):
+class RankInfo(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """The part of the grid that one rank holds, and how its pages are encoded."""
 
     layers: tuple[int, ...]
@@ -64,7 +64,7 @@ class LoadJob:
 
 
 @dataclass
-class StepMeta(KVConnectorMetadata):
+class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
     """The orders of one step. `spec` is the namespace's canonical encoding."""
 
     spec: bytes = b""
@@ -77,7 +77,7 @@ class StepMeta(KVConnectorMetadata):
 
 
 @dataclass
-class RankReport(KVConnectorWorkerMetadata):
+class RankReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What one rank, or after `aggregate` several, finished since the last step."""
 
     saved: dict[int, int] = field(default_factory=dict)

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import xxhash
-from kvclient import AsyncReservation
-from kvclient.errors import KVError
-from kvproto.grid import Region
 
+from kvclient import CommitVerdict, Granted, KVError, Reservation
+from kvproto.checksum import checksum
+from kvproto.grid import Region
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import SKIP, Pages
@@ -241,7 +240,7 @@ class WorkerHalf:
         self,
         job: SaveJob,
         step: Step,
-        reservation: AsyncReservation,
+        reservation: Reservation,
         blocks: list[int],
         region: Region,
     ) -> Region | None:
@@ -254,8 +253,8 @@ class WorkerHalf:
                 if time.monotonic() > step.deadline:
                     self._count("saves_dropped")
                     return None
-                cells = reservation.cells(index)[done:ready]
-                self._pages.gather(done, ready, job.blocks[index].pages, cells)
+                pages = job.blocks[index].pages
+                self._pages.gather(done, ready, pages, reservation.cells(index)[done:ready])
             stretch = Region(first + done, first + ready, region.head_start, region.head_stop)
             done = ready
             if done == self._pages.layers:
@@ -267,15 +266,19 @@ class WorkerHalf:
         return stretch if blocks else None
 
     async def _commit(
-        self, job: SaveJob, reservation: AsyncReservation, blocks: list[int], region: Region
+        self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region
     ) -> None:
-        await reservation.commit(blocks, region=region)
+        verdicts = await reservation.commit(blocks, region=region)
+        lost = int(np.count_nonzero(verdicts != CommitVerdict.OK))
+        if lost:
+            self._count("blocks_not_committed")
         self._log.write(
             "commit",
             job=job.job,
             layers=[region.layer_start, region.layer_stop],
             heads=[region.head_start, region.head_stop],
-            blocks=len(blocks),
+            blocks=len(blocks) - lost,
+            lost=lost,
         )
 
     # ---- loads, on the link's thread ---------------------------------------------------------
@@ -306,22 +309,34 @@ class WorkerHalf:
             self._report_load(job, missing, aborted)
 
     async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
-        region = self._region(meta)
         namespace = await self._link.namespace(meta.spec)
-        stream = namespace.acquire(
-            [block.hash for block in job.blocks],
-            region=region,
-            window_bytes=self._settings.window_bytes,
-        )
-        async for granted in stream:
-            pages = job.blocks[granted.index].pages
-            self._pages.scatter(0, self._pages.layers, pages, granted.cells)
-            moved, tier = int(granted.cells.nbytes), int(granted.tier)
-            if granted.verify():
-                missing.discard(granted.index)
-                if self._log.on:
-                    self._log_cells("pulled", pages, region, job, granted.index, moved, tier)
-            await granted.release()
+        step = self._link.keys_max
+        for start in range(0, len(job.blocks), step):
+            part = job.blocks[start : start + step]
+            stream = namespace.acquire(
+                [block.hash for block in part],
+                region=self._region(meta),
+                window_bytes=min(self._settings.window_bytes, self._link.window_bytes_max),
+                deadline_s=max(job.deadline_s, 0.001),
+            )
+            async with stream:
+                async for granted in stream:
+                    index = start + granted.index
+                    if self._take(job, index, stream.region, granted):
+                        missing.discard(index)
+                    await granted.release()
+
+    def _take(self, job: LoadJob, index: int, region: Region, granted: Granted) -> bool:
+        """Copy one granted block into the engine's pages; whether its bytes are the right ones."""
+        pages, cells = job.blocks[index].pages, granted.cells
+        self._pages.scatter(0, self._pages.layers, pages, cells)
+        moved, tier = int(cells.nbytes), int(granted.tier)
+        del cells
+        if not granted.verify():
+            return False
+        if self._log.on:
+            self._log_cells("pulled", pages, region, job, index, moved, tier)
+        return True
 
     def _report_load(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
         per_block = self._pages.format.pages_per_block
@@ -353,7 +368,7 @@ class WorkerHalf:
         cells = np.empty(shape, dtype=np.uint8)
         self._pages.gather(0, self._pages.layers, present, cells)
         hashes = [
-            xxhash.xxh3_64_hexdigest(np.ascontiguousarray(cells[:, head]))
+            f"{checksum(np.ascontiguousarray(cells[:, head])):016x}"
             for head in range(self._pages.heads)
         ]
         block = job.blocks[index]

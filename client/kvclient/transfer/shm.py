@@ -21,6 +21,9 @@ import weakref
 from contextlib import suppress
 
 import numpy as np
+
+from kvclient.errors import DeadlineExceeded, Gone, KVError, Unavailable, Unsupported
+from kvclient.transfer.base import Bytes
 from kvproto.arena import ArenaReader
 from kvproto.errors import FieldError
 from kvproto.handshake import (
@@ -34,9 +37,6 @@ from kvproto.handshake import (
     decode_answer,
     encode_request,
 )
-
-from kvclient.errors import DeadlineExceeded, Gone, KVError, Unavailable, Unsupported
-from kvclient.transfer.base import Bytes
 
 _FDS_MAX = 4
 
@@ -86,7 +86,12 @@ class ShmArena:
             )
             header = self._reader.header
             told = (answer.arena_id, answer.table_offset, answer.data_offset, answer.data_bytes)
-            if told != (header.arena_id, header.table_offset, header.data_offset, header.data_bytes):
+            if told != (
+                header.arena_id,
+                header.table_offset,
+                header.data_offset,
+                header.data_bytes,
+            ):
                 raise FieldError("arena", "its header", "as the handshake says")
             self.data_bytes = header.data_bytes
             self._out: Bytes | None = None

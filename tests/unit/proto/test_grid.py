@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,7 +131,7 @@ def test_ranks_of_any_two_shapes_tile_the_grid(stages: int, ranks: int, grid: Gr
 
     def cuts(total: int, parts: int) -> list[tuple[int, int]]:
         edges = [total * i // parts for i in range(parts + 1)]
-        return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+        return [(a, b) for a, b in pairwise(edges) if a < b]
 
     covered = 0
     for layer_start, layer_stop in cuts(grid.layers, stages):

@@ -126,7 +126,9 @@ def test_a_changed_token_changes_its_block_and_all_after_it(
     other[at] ^= data.draw(st.integers(1, 0xFFFF_FFFF))
     one = prefix_hashes(tokens, 16, tail=True)
     two = prefix_hashes(other, 16, tail=True)
-    assert [a == b for a, b in zip(one, two, strict=True)] == [i < at // 16 for i in range(len(one))]
+    assert [a == b for a, b in zip(one, two, strict=True)] == [
+        i < at // 16 for i in range(len(one))
+    ]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=50))

@@ -1,0 +1,221 @@
+"""The asynchronous client.
+
+    async with AsyncClient.connect("127.0.0.1:50051") as client:
+        ns = await client.open_namespace(spec)
+        await ns.push(hashes, arrays)
+        result = await ns.pull(hashes, out)      # byte-exact where result.found, a miss elsewhere
+
+Rules:
+ 1. A client belongs to the process and the event loop that opened it. Open it after forks.
+ 2. Every call ends within its deadline, with a result or a KVError.
+ 3. A lost hub costs calls (Unavailable, Gone), never the client: it reconnects by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from types import TracebackType
+from typing import Any
+
+from kvclient.checks import hash_list
+from kvclient.copying import THREADS, Copier
+from kvclient.errors import InvalidArgument
+from kvclient.namespace import AsyncNamespace
+from kvclient.reading import Leases
+from kvclient.results import Limits
+from kvclient.session import Link, Message, Options, Session
+from kvclient.timing import Deadline
+from kvproto.namespace import NamespaceSpec
+from kvproto.v1 import kvserver_pb2 as pb
+
+log = logging.getLogger("kvclient")
+
+
+class Connecting:
+    """What `AsyncClient.connect` returns: await it, or enter it with `async with`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    def __await__(self) -> Generator[Any, None, AsyncClient]:
+        return self._client.open().__await__()
+
+    async def __aenter__(self) -> AsyncClient:
+        return await self._client.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self._client.close()
+
+
+class AsyncClient:
+    """A client of one hub. `connect` builds it; `close` (or `async with`) ends it."""
+
+    def __init__(self, options: Options, *, copy_threads: int = THREADS) -> None:
+        self.log = log
+        self.session = Session(options, log)
+        self.leases = Leases(self.session)
+        if not 1 <= copy_threads <= 64:
+            raise InvalidArgument.of("copy_threads", copy_threads, "from 1 to 64")
+        self.copier = Copier(copy_threads)
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        *,
+        name: str = "",
+        tenant: str = "",
+        deadline_s: float = 10.0,
+        transport: str = "auto",
+        read_only: bool = False,
+        join_token: bytes = b"",
+        rank: int = 0,
+        copy_threads: int = THREADS,
+    ) -> Connecting:
+        """Connect to the hub at `address` ("host:port"): `await` it or use `async with`.
+
+        name          shown in the hub's stats, at most 128 bytes
+        tenant        default "": the default tenant
+        deadline_s    deadline of each call that names none of its own, default 10
+        transport     "auto" (default) or "shm": how bytes move. shm needs the hub's host
+        read_only     maps the arena for reading only; default False
+        join_token    `token` of a client whose session this one joins as a further rank: leases
+                      of one rank's lookup then hold for all. Default: a session of its own
+        rank          this rank's number, default 0
+        copy_threads  threads for copies and checksums, default 2
+
+        Errors name the address and the reason: Unavailable, DeadlineExceeded, NotFound (no such
+        session to join), Unsupported (no transport in common).
+        """
+        options = Options(
+            address=address,
+            name=name,
+            tenant=tenant,
+            deadline_s=deadline_s,
+            transport=transport,
+            read_only=read_only,
+            join_token=join_token,
+            rank=rank,
+        )
+        return Connecting(cls(options, copy_threads=copy_threads))
+
+    async def open(self) -> AsyncClient:
+        await self.session.open()
+        return self
+
+    async def close(self) -> None:
+        """Say goodbye. Copies end first; reservations and leases of this client are over."""
+        self.copier.close()
+        await self.session.close()
+
+    # ---- what it is ----------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        return self.session.address
+
+    @property
+    def token(self) -> bytes:
+        """16 bytes: lets further ranks join this session. Changes when the client reconnects."""
+        return self.session.link.token
+
+    @property
+    def epoch(self) -> int:
+        """Of the hub process that this client is connected to. Unavailable without one."""
+        return self.session.link.epoch
+
+    @property
+    def limits(self) -> Limits:
+        return self.session.link.limits
+
+    @property
+    def healthy(self) -> bool:
+        """Connected, and the last heartbeat was answered."""
+        return self.session.healthy
+
+    @property
+    def reconnects(self) -> int:
+        """How often the client found its hub again after losing its session."""
+        return self.session.reconnects
+
+    def rejoin(self, token: bytes) -> None:
+        """For a rank: join the session of `token` from now on, in the background. After the hub
+        was restarted the first rank has a new token; until a further rank is told of it, it works
+        in a session of its own.
+        """
+        self.session.rejoin(token)
+
+    # ---- namespaces and administration ---------------------------------------------------
+
+    async def open_namespace(
+        self, spec: NamespaceSpec, *, deadline_s: float | None = None
+    ) -> AsyncNamespace:
+        """Open the namespace of `spec`. LimitExceeded when its blocks can never fit."""
+        if not isinstance(spec, NamespaceSpec):
+            raise InvalidArgument.of("spec", spec, "a kvproto.namespace.NamespaceSpec")
+        namespace = AsyncNamespace(self, spec)
+        await namespace.open(self.deadline(deadline_s))
+        return namespace
+
+    async def stats(self, *, deadline_s: float | None = None) -> pb.StatsReply:
+        """The hub's state: tiers, sessions, namespaces, counters."""
+        reply: pb.StatsReply = await self._ask("Stats", pb.StatsRequest(), deadline_s)
+        return reply
+
+    async def list_namespaces(self, *, deadline_s: float | None = None) -> list[pb.NamespaceStats]:
+        request = pb.ListNamespacesRequest()
+        return list((await self._ask("ListNamespaces", request, deadline_s)).namespaces)
+
+    async def evict(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes] = (),
+        *,
+        deadline_s: float | None = None,
+    ) -> pb.EvictReply:
+        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them."""
+        keys = hash_list("hashes", hashes) if hashes else []
+        request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))
+        reply: pb.EvictReply = await self._ask("Evict", request, deadline_s)
+        return reply
+
+    async def drop_namespace(
+        self, namespace_id: bytes, *, deadline_s: float | None = None
+    ) -> pb.DropNamespaceReply:
+        """Remove a namespace and everything in it."""
+        request = pb.DropNamespaceRequest(namespace_id=_id(namespace_id))
+        reply: pb.DropNamespaceReply = await self._ask("DropNamespace", request, deadline_s)
+        return reply
+
+    async def drain(self, *, deadline_s: float | None = None) -> bool:
+        """Have the hub refuse new reservations; True once its write-behind is empty."""
+        deadline = self.deadline(deadline_s)
+        # The hub answers a little before this side stops listening.
+        request = pb.DrainRequest(deadline_ms=max(1, int(deadline.seconds * 900)))
+        return bool((await self._ask("Drain", request, deadline_s)).drained)
+
+    def deadline(self, deadline_s: float | None, wait_s: float = 0.0) -> Deadline:
+        """The deadline of a call: its own or the client's, and what it may wait on top."""
+        seconds = self.session.options.deadline_s if deadline_s is None else deadline_s
+        if not 0 < seconds <= 86_400:
+            raise InvalidArgument.of("deadline_s", seconds, "above 0, at most 86400")
+        return Deadline(seconds + wait_s)
+
+    async def _ask(self, name: str, request: Message, deadline_s: float | None) -> Message:
+        async def make(_: Link) -> Message:
+            return request
+
+        _, reply = await self.session.call(name, make, self.deadline(deadline_s))
+        return reply
+
+
+def _id(namespace_id: bytes) -> bytes:
+    if not isinstance(namespace_id, bytes) or len(namespace_id) != 32:
+        raise InvalidArgument.of("namespace_id", namespace_id, "32 bytes")
+    return namespace_id

@@ -1,0 +1,447 @@
+"""The synchronous client: every call of `kvclient.aio`, for threads.
+
+    client = Client.connect("127.0.0.1:50051")
+    ns = client.open_namespace(spec)
+    ns.push(hashes, arrays)
+    result = ns.pull(hashes, out)
+
+A thread of its own runs the event loop of an AsyncClient; calls post to it and wait, within their
+deadline. Safe to use from several threads at once.
+
+Rules:
+ 1. Nothing is opened before the first use: a Client may be built before a fork, and used after.
+ 2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported;
+    build a new one there.
+ 3. No call outlives its deadline by more than GRACE_S, even if the loop's thread is starved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from kvclient.aio import AsyncClient
+from kvclient.checks import Arrays
+from kvclient.copying import THREADS
+from kvclient.errors import Unavailable, Unsupported, late
+from kvclient.handles import SyncReadStream, SyncReservation
+from kvclient.namespace import AsyncNamespace
+from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
+from kvclient.session import Options
+from kvproto.grid import Grid, Region
+from kvproto.namespace import NamespaceSpec
+from kvproto.v1 import kvserver_pb2 as pb
+
+GRACE_S = 2.0
+Result = TypeVar("Result")
+
+
+class _Runner:
+    """The loop's thread, and how other threads post to it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="kvclient-loop", daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def check(self) -> None:
+        if os.getpid() != self._pid:
+            raise Unsupported(
+                f"this client of {self._address} was opened in process {self._pid}: "
+                "open one after the fork"
+            )
+
+    def run(self, work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
+        """Run `work` on the loop; it keeps its own deadline of `seconds`."""
+        if os.getpid() != self._pid or self._loop.is_closed():
+            work.close()
+            self.check()
+            raise Unavailable(f"{what} at {self._address}: the client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(seconds + GRACE_S)
+        except concurrent.futures.CancelledError:
+            raise Unavailable(f"{what} at {self._address}: the client was closed") from None
+        except TimeoutError:
+            raise late(what, self._address, seconds) from None
+        finally:
+            future.cancel()  # ends it where the wait was interrupted; else does nothing
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(GRACE_S)
+
+
+class Client:
+    """See the module, and `AsyncClient` for what each call does."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        name: str = "",
+        tenant: str = "",
+        deadline_s: float = 10.0,
+        transport: str = "auto",
+        read_only: bool = False,
+        join_token: bytes = b"",
+        rank: int = 0,
+        copy_threads: int = THREADS,
+    ) -> None:
+        """A client that connects at its first use. Parameters: `AsyncClient.connect`."""
+        self._options = Options(
+            address=address,
+            name=name,
+            tenant=tenant,
+            deadline_s=deadline_s,
+            transport=transport,
+            read_only=read_only,
+            join_token=join_token,
+            rank=rank,
+        ).check()
+        self._copy_threads = copy_threads
+        self._lock = threading.Lock()
+        self._runner: _Runner | None = None
+        self._aio: AsyncClient | None = None
+        self._closed = False
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        *,
+        name: str = "",
+        tenant: str = "",
+        deadline_s: float = 10.0,
+        transport: str = "auto",
+        read_only: bool = False,
+        join_token: bytes = b"",
+        rank: int = 0,
+        copy_threads: int = THREADS,
+    ) -> Self:
+        """A client that is connected. Parameters and errors: `AsyncClient.connect`."""
+        client = cls(
+            address,
+            name=name,
+            tenant=tenant,
+            deadline_s=deadline_s,
+            transport=transport,
+            read_only=read_only,
+            join_token=join_token,
+            rank=rank,
+            copy_threads=copy_threads,
+        )
+        client.open()
+        return client
+
+    def open(self) -> Self:
+        """Connect now, if that has not happened. After a failure it may be tried again."""
+        with self._lock:
+            if self._closed:
+                raise Unavailable(f"the client of {self.address} is closed")
+            if self._runner is not None:
+                self._runner.check()
+                return self
+            runner = _Runner(self.address)
+            try:
+                self._aio = runner.run(self._connect(), self._options.deadline_s, "connect")
+            except BaseException:
+                runner.stop()
+                raise
+            self._runner = runner
+        return self
+
+    async def _connect(self) -> AsyncClient:
+        client = AsyncClient(self._options, copy_threads=self._copy_threads)
+        return await client.open()
+
+    def close(self) -> None:
+        """Say goodbye; calls under way in other threads raise Unavailable. Idempotent."""
+        with self._lock:
+            self._closed = True
+            runner, client = self._runner, self._aio
+            self._runner = self._aio = None
+        if runner is None or client is None:
+            return
+        with suppress(Unsupported):  # in a forked child there is nothing to say
+            runner.check()
+            try:
+                runner.run(client.close(), self._options.deadline_s, "close")
+            finally:
+                runner.stop()
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- what it is ----------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        return self._options.address
+
+    @property
+    def token(self) -> bytes:
+        return self.aio.token
+
+    @property
+    def epoch(self) -> int:
+        return self.aio.epoch
+
+    @property
+    def limits(self) -> Limits:
+        return self.aio.limits
+
+    @property
+    def healthy(self) -> bool:
+        return self.aio.healthy
+
+    @property
+    def reconnects(self) -> int:
+        return self.aio.reconnects
+
+    def rejoin(self, token: bytes) -> None:
+        async def work() -> None:
+            self.aio.rejoin(token)
+
+        self.run(lambda: work(), None, 0.0, "rejoin")
+
+    # ---- namespaces and administration ---------------------------------------------------
+
+    def open_namespace(self, spec: NamespaceSpec, *, deadline_s: float | None = None) -> Namespace:
+        client = self.aio
+        opened = self.run(
+            lambda: client.open_namespace(spec, deadline_s=deadline_s), deadline_s, 0.0, "open"
+        )
+        return Namespace(self, opened)
+
+    def stats(self, *, deadline_s: float | None = None) -> pb.StatsReply:
+        client = self.aio
+        return self.run(lambda: client.stats(deadline_s=deadline_s), deadline_s, 0.0, "stats")
+
+    def list_namespaces(self, *, deadline_s: float | None = None) -> list[pb.NamespaceStats]:
+        client = self.aio
+        return self.run(
+            lambda: client.list_namespaces(deadline_s=deadline_s), deadline_s, 0.0, "list"
+        )
+
+    def evict(
+        self,
+        namespace_id: bytes,
+        hashes: Sequence[bytes] = (),
+        *,
+        deadline_s: float | None = None,
+    ) -> pb.EvictReply:
+        client = self.aio
+        return self.run(
+            lambda: client.evict(namespace_id, hashes, deadline_s=deadline_s),
+            *(deadline_s, 0.0, "evict"),
+        )
+
+    def drop_namespace(
+        self, namespace_id: bytes, *, deadline_s: float | None = None
+    ) -> pb.DropNamespaceReply:
+        client = self.aio
+        return self.run(
+            lambda: client.drop_namespace(namespace_id, deadline_s=deadline_s),
+            *(deadline_s, 0.0, "drop_namespace"),
+        )
+
+    def drain(self, *, deadline_s: float | None = None) -> bool:
+        client = self.aio
+        return self.run(lambda: client.drain(deadline_s=deadline_s), deadline_s, 0.0, "drain")
+
+    # ---- for this module -----------------------------------------------------------------
+
+    @property
+    def aio(self) -> AsyncClient:
+        """The client underneath; connects at first use. Touch it on its own loop only."""
+        client = self._aio
+        if client is None or self._runner is None:
+            self.open()
+            client = self._aio
+        assert client is not None
+        return client
+
+    def run(
+        self,
+        start: Callable[[], Coroutine[Any, Any, Result]],
+        deadline_s: float | None,
+        wait_s: float,
+        what: str,
+    ) -> Result:
+        """Run what `start` gives on the client's loop, and wait for it."""
+        runner = self._runner
+        if runner is None:
+            raise Unavailable(f"the client of {self.address} is closed")
+        runner.check()
+        seconds = self._options.deadline_s if deadline_s is None else deadline_s
+        return runner.run(start(), seconds + wait_s, what)
+
+
+class Namespace:
+    """`AsyncNamespace`, synchronous. Comes from `Client.open_namespace`."""
+
+    def __init__(self, client: Client, namespace: AsyncNamespace) -> None:
+        self._client = client
+        self._aio = namespace
+        self.spec = namespace.spec
+        self.id: bytes = namespace.id
+        self.grid: Grid = namespace.grid
+
+    @property
+    def near_misses(self) -> tuple[str, ...]:
+        return self._aio.near_misses
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._aio.slot_bytes
+
+    def lookup(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        pin_s: float = 0.0,
+        need: Sequence[Need] = (),
+        deadline_s: float | None = None,
+    ) -> Lookup:
+        return self._client.run(
+            lambda: self._aio.lookup(hashes, pin_s=pin_s, need=need, deadline_s=deadline_s),
+            *(deadline_s, 0.0, "lookup"),
+        )
+
+    def announce(
+        self, hashes: Sequence[bytes], ttl_s: float, *, deadline_s: float | None = None
+    ) -> int:
+        return self._client.run(
+            lambda: self._aio.announce(hashes, ttl_s, deadline_s=deadline_s),
+            *(deadline_s, 0.0, "announce"),
+        )
+
+    def reserve(
+        self,
+        hashes: Sequence[bytes],
+        parents: Sequence[bytes] | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
+        region: Region | None = None,
+        ttl_s: float | None = None,
+        wait_s: float = 0.0,
+        durable: bool = False,
+        deadline_s: float | None = None,
+    ) -> SyncReservation:
+        reservation = self._client.run(
+            lambda: self._aio.reserve(
+                hashes,
+                parents,
+                tokens=tokens,
+                region=region,
+                ttl_s=ttl_s,
+                wait_s=wait_s,
+                durable=durable,
+                deadline_s=deadline_s,
+            ),
+            *(deadline_s, wait_s, "reserve"),
+        )
+        return SyncReservation(self._client, reservation)
+
+    def push(
+        self,
+        hashes: Sequence[bytes],
+        arrays: Arrays,
+        *,
+        parents: Sequence[bytes] | None = None,
+        tokens: Sequence[int] | None = None,
+        region: Region | None = None,
+        durable: bool = False,
+        wait_s: float = 0.0,
+        deadline_s: float | None = None,
+    ) -> PushResult:
+        return self._client.run(
+            lambda: self._aio.push(
+                hashes,
+                arrays,
+                parents=parents,
+                tokens=tokens,
+                region=region,
+                durable=durable,
+                wait_s=wait_s,
+                deadline_s=deadline_s,
+            ),
+            *(deadline_s, wait_s, "push"),
+        )
+
+    def acquire(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        region: Region | None = None,
+        wait_s: float = 0.0,
+        window_bytes: int = 0,
+        lease_s: float = 0.0,
+        inherit_lease: int = 0,
+        deadline_s: float | None = None,
+    ) -> SyncReadStream:
+        stream = self._aio.acquire(
+            hashes,
+            region=region,
+            wait_s=wait_s,
+            window_bytes=window_bytes,
+            lease_s=lease_s,
+            inherit_lease=inherit_lease,
+            deadline_s=deadline_s,
+        )
+        return SyncReadStream(self._client, stream, self._aio.deadline(deadline_s, wait_s))
+
+    def pull(
+        self,
+        hashes: Sequence[bytes],
+        out: Arrays,
+        *,
+        region: Region | None = None,
+        wait_s: float = 0.0,
+        window_bytes: int = 0,
+        inherit_lease: int = 0,
+        deadline_s: float | None = None,
+    ) -> PullResult:
+        return self._client.run(
+            lambda: self._aio.pull(
+                hashes,
+                out,
+                region=region,
+                wait_s=wait_s,
+                window_bytes=window_bytes,
+                inherit_lease=inherit_lease,
+                deadline_s=deadline_s,
+            ),
+            *(deadline_s, wait_s, "pull"),
+        )
+
+    def release(self, *leases: int) -> None:
+        self._client.run(lambda: self._aio.release(*leases), None, 0.0, "release")
+
+    def report_corrupt(self, hashes: Sequence[bytes], *, deadline_s: float | None = None) -> int:
+        return self._client.run(
+            lambda: self._aio.report_corrupt(hashes, deadline_s=deadline_s),
+            *(deadline_s, 0.0, "report_corrupt"),
+        )

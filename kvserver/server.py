@@ -1,0 +1,396 @@
+"""Wiring and lifecycle of one server process.
+
+    start: port -> lock -> arena, journal -> recovery -> sockets -> ready
+    stop:  drain -> calls end -> threads end -> files are closed and stay
+
+Rule 1: the port and the directories' locks come first; a second server fails before it touches
+anything.
+Rule 2: SIGTERM and SIGINT drain within `drain_ms`; a second signal ends the wait. The arena and the
+slot file stay: the next start is warm.
+Rule 3: whatever fails while starting is taken down again, in reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import kvserver
+from kvproto.errors import FieldError
+from kvproto.v1 import kvserver_pb2 as pb
+from kvproto.v1 import kvserver_pb2_grpc
+from kvserver.config import Settings
+from kvserver.core.events import Tier, TierDown
+from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
+from kvserver.observe import logs
+from kvserver.observe.metrics import Metrics
+from kvserver.runtime import failpoints, recovery
+from kvserver.runtime.copies import Copies
+from kvserver.runtime.disk import DiskTier
+from kvserver.runtime.driver import Driver
+from kvserver.runtime.mover import Mover
+from kvserver.runtime.node import Node
+from kvserver.runtime.prefault import Prefault
+from kvserver.runtime.sessions import Session
+from kvserver.service.admin import AdminService
+from kvserver.service.cache import CacheService
+from kvserver.service.calls import Gate, Incidents
+from kvserver.service.stats import stats_reply
+from kvserver.tiers.device import FakeDevice
+from kvserver.tiers.disk import SLOTS_NAME, DiskFile
+from kvserver.tiers.errors import TierError
+from kvserver.tiers.host import HostArena
+from kvserver.tiers.liveness import Liveness
+from kvserver.tiers.lock import DirectoryLock
+from kvserver.tiers.names import NamespaceLog
+from kvserver.transfer.base import TransferError
+from kvserver.transfer.shm import ShmServer
+
+SWITCH_INTERVAL_S = 1e-4  # lookups next to copying threads: DESIGN 5
+SOCKET_NAME = "shm.sock"
+SCRAPE_S = 2.0  # a scrape of /metrics waits this long for the loop
+DRAIN_MS_MAX = 600_000  # of an Admin.Drain call
+CALLS_GRACE_S = 0.5  # what calls have left to end after the drain
+SERVICES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values())
+log = logs.get_logger("server")
+
+
+class StartError(Exception):
+    """The server cannot start; the message says what is in the way."""
+
+
+async def run(settings: Settings) -> int:
+    """Serve until a signal; the process's exit status. StartError when it cannot start."""
+    logs.configure(level=settings.log_level, style=settings.log_format)
+    failpoints.arm(os.environ.get(failpoints.ENVIRONMENT_VARIABLE, ""))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(settings)
+    try:
+        await server.start()
+    except (FieldError, TierError, JournalError, TransferError, OSError) as error:
+        await server.close()
+        raise StartError(str(error)) from error
+    except BaseException:
+        await server.close()
+        raise
+    gc.collect()
+    gc.freeze()  # what recovery built stays; collecting it again and again would cost pauses
+    await stopping.wait()
+    stopping.clear()
+    logs.event(log, "stopping", drain_ms=settings.drain_ms)
+    second = loop.create_task(stopping.wait())
+    await server.drain(until=second)
+    second.cancel()
+    await server.close()
+    logs.event(log, "stopped")
+    return 0
+
+
+class Server:
+    """One server. `start` once, then `drain` and `close`; `close` alone is an abrupt end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.incidents = Incidents(log)
+        self._parts = contextlib.AsyncExitStack()
+        self.gate = Gate(settings.rpcs_max)
+        self._health = health.aio.HealthServicer()
+        self._shm: ShmServer | None = None
+
+    # ---- start -----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        started = time.monotonic()
+        settings = self.settings
+        grpc_server, self.address = self._bind()
+        self._parts.push_async_callback(grpc_server.stop, None)
+        self._open_host()
+        failpoints.hit("start.after_lock")
+        disk = self._open_disk()
+        self._build(disk)
+        failpoints.hit("start.before_restore")
+        found = self._recover(disk)
+        self._log_recovery(found)
+        failpoints.hit("start.before_ready")
+        await self._start_transports()
+        metrics_listen = self._start_metrics()
+        self._add_services(grpc_server)
+        self.node.start()
+        self._parts.push_async_callback(self.node.stop)
+        self._grow()
+        await grpc_server.start()
+        self._parts.push_async_callback(grpc_server.stop, CALLS_GRACE_S)
+        await self._set_health(serving=True)
+        logs.event(
+            log,
+            "ready",
+            listen=self.address,
+            metrics_listen=metrics_listen,
+            host_dir=settings.host_dir,
+            pid=os.getpid(),
+            epoch=self.host.epoch,
+            version=kvserver.__version__,
+            warm=self.host.warm,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def _bind(self) -> tuple[Any, str]:
+        size = self.settings.message_bytes_max
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on this port must fail
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ],
+            # The gate refuses by name; this stops a flood before it is read.
+            maximum_concurrent_rpcs=4 * self.settings.rpcs_max + 64,
+        )
+        try:
+            port = server.add_insecure_port(self.settings.listen)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise StartError(f"listen: {self.settings.listen} is in use or not an address of ours")
+        return server, f"{self.settings.listen.rpartition(':')[0]}:{port}"
+
+    def _open_host(self) -> None:
+        settings = self.settings
+        directory = Path(settings.host_dir)
+        self.host = HostArena.open(
+            directory,
+            settings.host_bytes,
+            hugepages=settings.hugepages,
+            mlock=settings.mlock,
+        )
+        self._parts.callback(self.host.close)
+        for note in (*self.host.notes, *filter(None, [self.host.cold_reason])):
+            logs.event(log, "host_note", note=note)
+        self.names = NamespaceLog.open(directory)
+        self._parts.callback(self.names.close)
+        self.liveness = Liveness(directory)
+
+    def _open_disk(self) -> tuple[DiskFile, Directory] | None:
+        settings = self.settings
+        if not settings.disk_path:
+            return None
+        directory = Path(settings.disk_path)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = DirectoryLock.acquire(directory)
+        self._parts.callback(lock.release)
+        file = DiskFile.open(directory / SLOTS_NAME, settings.disk_bytes)
+        journal = Directory.open(directory / JOURNAL_NAME, file_id=file.file_id)
+        for note in (*file.notes, *journal.notes, *filter(None, [file.cold_reason])):
+            logs.event(log, "disk_note", logging.WARNING, note=note)
+        return file, journal
+
+    def _build(self, disk: tuple[DiskFile, Directory] | None) -> None:
+        settings = self.settings
+        device = FakeDevice(settings.device_bytes) if settings.device_bytes else None
+        if device is not None:
+            self._parts.callback(device.close)
+        config = hub_config(settings, host_bytes=self.host.data_bytes)
+        self.driver = Driver(
+            config,
+            host=self.host,
+            report=self.incidents.report,
+            is_dead=self.liveness.is_dead,
+            log=logs.get_logger("driver"),
+        )
+        self.disk = None
+        if disk is not None:
+            self.disk = DiskTier(*disk, failed=self._disk_failed, log=logs.get_logger("disk"))
+        self.mover = Mover(
+            self.host,
+            Copies(self.host, disk=self.disk, device=device),
+            self.disk,
+            threads=settings.data_threads,
+            spec_of=self.driver.hub.spec_of,
+            post=self.driver.post,
+            report=self.incidents.report,
+            log=logs.get_logger("mover"),
+        )
+        self._parts.push_async_callback(asyncio.to_thread, self.mover.close)
+        self.driver.attach(self.mover)
+
+    def _disk_failed(self, reason: str) -> None:
+        logs.event(log, "disk_down", logging.ERROR, reason=reason)
+        self.driver.post(TierDown(Tier.DISK, reason))
+
+    def _recover(self, disk: tuple[DiskFile, Directory] | None) -> recovery.Recovered:
+        found = recovery.Recovered()
+        canonicals = list(self.names.canonicals)
+        if disk is not None:
+            canonicals += disk[1].namespaces().values()
+        specs = recovery.restore_namespaces(canonicals, self.driver.tell, found)
+        recovery.restore_host(self.host, self.liveness, self.driver.tell, found)
+        if disk is not None and self.disk is not None:
+            file, journal = disk
+            records, damaged = journal.scan(file.data_bytes)
+            found.drop("damaged disk record", damaged)
+            found.drop("record of another slot file", journal.foreign)
+            self.disk.restored([offset for offset, _ in records], specs)
+            recovery.restore_disk(records, self.driver.tell, found)
+        self.node = Node(
+            self.driver,
+            host=self.host,
+            mover=self.mover,
+            liveness=self.liveness,
+            names=self.names,
+            specs=specs,
+            log=logs.get_logger("node"),
+        )
+        return found
+
+    def _log_recovery(self, found: recovery.Recovered) -> None:
+        level = logging.WARNING if found.dropped else logging.INFO
+        logs.event(log, "recovered", level, **dataclasses.asdict(found))
+
+    async def _start_transports(self) -> None:
+        shm = ShmServer(
+            Path(self.settings.host_dir) / SOCKET_NAME,
+            arena=self.host,
+            liveness=self.liveness,
+            authorise=self._authorise_shm,
+            log=logs.get_logger("shm"),
+        )
+        await shm.start()
+        self._parts.push_async_callback(shm.close)
+        self._shm = shm
+
+    def _authorise_shm(self, session: int, client: int, token: bytes) -> bool:
+        if not self.node.sessions.authorise(session, client, token):
+            return False
+        found = self.node.sessions.get(session)
+        if not self.settings.shm_allowed(found.tenant):
+            return False
+        found.transports.add("shm")
+        return True
+
+    def _offers(self, session: Session) -> list[pb.TransportOffer]:
+        assert self._shm is not None
+        if not self.settings.shm_allowed(session.tenant):
+            return []
+        return [pb.TransportOffer(name=self._shm.name, address=self._shm.address)]
+
+    def _start_metrics(self) -> str:
+        loop = asyncio.get_running_loop()
+
+        def scrape() -> pb.StatsReply:
+            return asyncio.run_coroutine_threadsafe(self._stats(), loop).result(SCRAPE_S)
+
+        self.metrics = Metrics(scrape)
+        if not self.settings.metrics_listen:
+            return ""
+        listen = self.metrics.listen(self.settings.metrics_listen)
+        self._parts.push_async_callback(asyncio.to_thread, self.metrics.close)
+        return listen
+
+    async def _stats(self) -> pb.StatsReply:
+        return stats_reply(self.node, self.incidents.count)
+
+    def _add_services(self, server: Any) -> None:
+        settings = self.settings
+        base = {
+            "meter": self.metrics,
+            "incidents": self.incidents,
+            "gate": self.gate,
+        }
+        limits = limits_of(settings, self.driver)
+        cache = CacheService(self.node, limits=limits, offers=self._offers, **base)
+        admin = AdminService(
+            self.node,
+            keys_max=settings.keys_per_call_max,
+            drain_ms_max=DRAIN_MS_MAX,
+            **base,
+        )
+        kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)
+        kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
+
+    def _grow(self) -> None:
+        prefault = Prefault(self.host, post=self.driver.post, log=logs.get_logger("host"))
+        prefault.start()
+        self._parts.push_async_callback(asyncio.to_thread, prefault.stop)
+
+    # ---- stop --------------------------------------------------------------------------------
+
+    async def drain(self, *, until: asyncio.Task[Any]) -> None:
+        """Refuse new reservations and empty the write-behind, within drain_ms or `until`."""
+        await self._set_health(serving=False)
+        draining = asyncio.create_task(self.node.drain(self.settings.drain_ms / 1000))
+        await asyncio.wait({draining, until}, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        drained = not draining.cancelled() and draining.result()
+        logs.event(log, "drained" if drained else "drain_ended_early")
+
+    async def close(self) -> None:
+        await self._parts.aclose()
+
+    async def _set_health(self, *, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if serving else states.NOT_SERVING
+        for service in ("", *SERVICES):
+            await self._health.set(service, state)
+
+
+def hub_config(settings: Settings, *, host_bytes: int) -> HubConfig:
+    """The core's limits; `host_bytes` is the data area that the arena has."""
+    return HubConfig(
+        host_bytes=host_bytes,
+        disk_bytes=settings.disk_bytes,
+        device_bytes=settings.device_bytes,
+        session_ttl=settings.session_ttl_ms / 1000,
+        reservation_ttl_max=settings.reservation_ms_max / 1000,
+        lease_max=settings.lease_ms_max / 1000,
+        announce_ttl_max=settings.announce_ttl_ms_max / 1000,
+        wait_max=max(settings.wait_ms_max, 1) / 1000,
+        sessions_max=settings.sessions_max,
+        clients_per_session_max=settings.clients_per_session_max,
+        namespaces_max=settings.namespaces_max,
+        keys_per_call_max=settings.keys_per_call_max,
+        reservations_max=settings.reservations_max,
+        leases_max=settings.leases_max,
+        streams_max=settings.streams_max,
+        window_bytes_max=settings.window_bytes_max,
+        spill_lag_bytes_max=settings.spill_queue_bytes_max,
+        spill_copies_max=SPILL_COPIES_MAX,
+    )
+
+
+def limits_of(settings: Settings, config: HubConfig, *, slot_bytes_max: int) -> pb.Limits:
+    """What Hello tells a client."""
+    return pb.Limits(
+        keys_per_call_max=settings.keys_per_call_max,
+        reservation_ms_max=settings.reservation_ms_max,
+        lease_ms_max=settings.lease_ms_max,
+        wait_ms_max=settings.wait_ms_max,
+        window_bytes_max=settings.window_bytes_max,
+        heartbeat_ms=settings.heartbeat_ms,
+        session_ttl_ms=settings.session_ttl_ms,
+        announce_ttl_ms_max=settings.announce_ttl_ms_max,
+        writers_per_block_max=config.writers_per_block_max,
+        slot_bytes_max=slot_bytes_max,
+    )

@@ -1,0 +1,137 @@
+"""The commands against a real server process: output, exit status, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvserver
+from kvclient import Client
+from kvserver.cli import EXIT_BAD, EXIT_OK, EXIT_UNREACHABLE, EXIT_USAGE, main
+from tests.support.payload import Blocks
+from tests.support.server import ServerProcess, free_port
+
+BLOCKS = Blocks(layers=2, heads=2, page_bytes=512)
+OTHER = Blocks(layers=2, heads=2, page_bytes=512, name="other")
+Capture = pytest.CaptureFixture[str]
+
+
+def push(server: ServerProcess, blocks: Blocks = BLOCKS, *, durable: bool = False) -> None:
+    keys = blocks.chain(1, 4)
+    with Client.connect(server.address) as client:
+        namespace = client.open_namespace(blocks.spec)
+        pushed = namespace.push(keys, blocks.payloads(keys), durable=durable)
+        assert pushed.written == 4
+
+
+def test_help_explains_every_command(capsys: Capture) -> None:
+    for command in ([], ["serve"], ["stats"], ["namespaces"], ["evict"], ["check"], ["purge"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("examples:", "exit status:", "--host-bytes", "default: 4GiB", "--drop", "--yes"):
+        assert word in text
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert kvserver.__version__ in capsys.readouterr().out
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvserver", "--version"], capture_output=True, timeout=30
+    )
+    assert done.stdout.decode().strip() == f"kvserver {kvserver.__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--host-bytes", "many"],
+        ["serve", "--listen", "nowhere"],
+        ["serve", "--config", "/nonexistent.toml"],
+        ["evict", "zz"],
+        ["evict", "abc"],
+        ["check"],
+        ["purge", "--yes"],
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_why(arguments: list[str], capsys: Capture) -> None:
+    assert main(arguments) == EXIT_USAGE
+    assert capsys.readouterr().err.startswith("kvserver: ")
+
+
+def test_a_server_that_is_not_there_is_status_3(capsys: Capture) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["stats", "--address", address, "--timeout-s", "2"]) == EXIT_UNREACHABLE
+    assert address in capsys.readouterr().err
+
+
+def test_stats_namespaces_and_evict(server: ServerProcess, capsys: Capture) -> None:
+    push(server)
+    push(server, OTHER)
+    address = ["--address", server.address]
+
+    assert main(["stats", *address]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "host" in text
+    assert "8 blocks" in text
+    assert main(["stats", "--json", *address]) == EXIT_OK
+    stats = json.loads(capsys.readouterr().out)
+    assert stats["blocks"] == "8"
+
+    assert main(["namespaces", *address]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert BLOCKS.spec.id.hex()[:16] in text
+    assert "near miss: " in text  # the two differ in their model's name only
+    assert main(["namespaces", "--json", *address]) == EXIT_OK
+    assert len(json.loads(capsys.readouterr().out)["namespaces"]) == 2
+
+    assert main(["evict", "ffffffff", *address]) == EXIT_BAD
+    assert main(["evict", BLOCKS.spec.id.hex()[:12], *address]) == EXIT_OK
+    assert "evicted 4 blocks" in capsys.readouterr().out
+    assert server.stats().blocks == 4
+    assert main(["evict", OTHER.spec.id.hex(), "--drop", "--json", *address]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["blocks"] == "4"
+    assert server.stats().blocks == 0
+
+
+def test_check_finds_what_is_bad_and_purge_removes_it(
+    serve: Callable[..., ServerProcess], capsys: Capture
+) -> None:
+    server = serve(disk_bytes="64MiB")
+    disk = Path(str(server.options["disk_path"]))
+    files = ["--host-dir", str(server.host_dir), "--disk-path", str(disk)]
+    assert main(["check", *files]) == EXIT_BAD  # a server holds them
+    assert "in use" in capsys.readouterr().err
+    push(server, durable=True)
+    assert server.terminate() == 0
+
+    assert main(["check", *files]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert [line.split()[:2] for line in text.splitlines()[1:3]] == [["host", "4"], ["disk", "4"]]
+
+    slots = disk / "slots"
+    raw = bytearray(slots.read_bytes())
+    at = raw.find(BLOCKS.payload(BLOCKS.chain(1, 4)[2]).tobytes())
+    assert at > 0
+    raw[at + 100] ^= 1
+    slots.write_bytes(raw)
+    assert main(["check", *files]) == EXIT_BAD
+    assert BLOCKS.chain(1, 4)[2].hex() in capsys.readouterr().out
+
+    assert main(["purge", *files]) == EXIT_OK
+    assert "say --yes" in capsys.readouterr().out
+    assert (server.host_dir / "arena").exists()
+    assert main(["purge", "--yes", *files]) == EXIT_OK
+    assert not server.host_dir.exists()
+    assert not disk.exists()
+    assert main(["purge", "--yes", *files]) == EXIT_BAD
