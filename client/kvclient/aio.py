@@ -135,6 +135,11 @@ class AsyncClient:
         return self.session.link.limits
 
     @property
+    def transport(self) -> str:
+        """The transport in use, "shm". Unavailable without a connection."""
+        return self.session.link.arena.transport
+
+    @property
     def healthy(self) -> bool:
         """Connected, and the last heartbeat was answered."""
         return self.session.healthy

@@ -213,6 +213,10 @@ class Client:
         return self.aio.limits
 
     @property
+    def transport(self) -> str:
+        return self.aio.transport
+
+    @property
     def healthy(self) -> bool:
         return self.aio.healthy
 

@@ -173,7 +173,8 @@ class Granted:
 class ReadStream:
     """Blocks as they become readable, in order of the keys: an async iterator of Granted.
 
-    Use it as `async with`, so that leaving early ends the call at the hub. `missing` lists
+    Use it as `async with`, so that leaving early ends the call at the hub, and with it the leases
+    of what was granted; after the iteration has ended they stay until released. `missing` lists
     positions that will not come; it is complete once the iteration has ended. The hub grants no
     more than a window of bytes at once: release what was copied, or the stream stands still (and
     raises DeadlineExceeded in the end).

@@ -330,12 +330,7 @@ class Push:
         tasks: list[asyncio.Task[object]] = []
         try:
             await self._pipelined(windows, tasks)
-            if len(windows) > 1:
-                # Windows that overlapped stood in each other's way: once more, one at a time.
-                again = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
-                for window in self._windows(again):
-                    reservation = await self._reserve(window)
-                    await self._finish(window, reservation, await self._copy(window, reservation))
+            await self._once_more(len(windows))
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -343,6 +338,20 @@ class Push:
             for reservation in self._open:
                 self._namespace.session.background(reservation.abort())
             raise
+
+    async def _once_more(self, rounds: int) -> None:
+        """Windows that overlapped stood in each other's way: what found no space is tried again,
+        one window at a time, as long as that helps.
+        """
+        left = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
+        while rounds > 1 and left:
+            rounds -= 1
+            for window in self._windows(left):
+                reservation = await self._reserve(window)
+                await self._finish(window, reservation, await self._copy(window, reservation))
+            before, left = left, np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
+            if len(left) == len(before):
+                return
 
     async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[object]]) -> None:
         loop = asyncio.get_running_loop()

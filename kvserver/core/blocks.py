@@ -69,11 +69,14 @@ def bit(tier: int) -> int:
 class Filling:
     """Progress of one FILLING block, shared by all its writers.
 
-    `parts` maps a reservation to the mask of cells that it still has to commit. When the block
-    leaves the table `gone` is set and `parts` tells who might still write into the slot.
+    `parts` maps a reservation to the mask of cells that it still has to commit, `writers` to its
+    client. When the block leaves the table `gone` is set, and they tell who might still write
+    into the slot.
     """
 
-    __slots__ = ("clients", "committed", "durable", "gone", "parts", "reserved", "row", "slot")
+    __slots__ = (
+        "clients", "committed", "durable", "gone", "parts", "reserved", "row", "slot", "writers",
+    )  # fmt: skip
 
     def __init__(self, row: int, slot: int) -> None:
         self.row = row
@@ -81,6 +84,7 @@ class Filling:
         self.committed = 0
         self.reserved = 0  # union of parts' masks
         self.parts: dict[int, int] = {}
+        self.writers: dict[int, int] = {}
         self.clients: tuple[int, ...] = ()  # as written in the slot's directory entry
         self.durable = False  # a place in the spill lag is promised
         self.gone = False

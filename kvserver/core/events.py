@@ -50,7 +50,9 @@ class ReserveVerdict(IntEnum):
 class CommitVerdict(IntEnum):
     OK = 0
     GONE = 1
-    MISMATCH = 2  # given by the shell, which has the checksums; the core answers OK for PRESENT cells
+    MISMATCH = (
+        2  # given by the shell, which has the checksums; the core answers OK for PRESENT cells
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,11 @@ def slot_bytes_max(tier_bytes: int) -> int:
 class Slab:
     """Slots of one class, side by side. `free` is a stack of slot ids.
 
-    `busy` counts slots that can be neither handed out nor emptied by eviction.
+    `busy` counts slots that can be neither handed out nor emptied by eviction, `stuck` those of
+    them that are quarantined: they may stay so for as long as a client lives.
     """
 
-    __slots__ = ("busy", "closing", "count", "free", "slot_bytes", "slots", "start")
+    __slots__ = ("busy", "closing", "count", "free", "slot_bytes", "slots", "start", "stuck")
 
     def __init__(self, start: int, slot_bytes: int, slots: list[int]) -> None:
         self.start = start
@@ -55,11 +56,17 @@ class Slab:
         self.count = len(slots)
         self.free: list[int] = []
         self.busy = 0
+        self.stuck = 0
         self.closing = False
 
     @property
     def stop(self) -> int:
         return self.start + self.count * self.slot_bytes
+
+    @property
+    def price(self) -> int:
+        """How long emptying it may take: 0 at once, the more the longer."""
+        return self.busy + self.stuck * self.count
 
 
 class SlabMap:
@@ -121,7 +128,7 @@ class SlabMap:
     def windows(self, slot_bytes: int) -> list[tuple[int, int, list[Slab]]]:
         """Shortest runs of neighbours that would hold one slot of a class once emptied.
 
-        Each is (busy slots in it, bytes in it, its slabs). Slabs of the class itself, and those
+        Each is (the sum of its slabs' prices, bytes in it, its slabs). Slabs of the class itself, and those
         that are closing already, stand in no window. Costs O(slabs).
         """
         extents: list[tuple[int, int, Slab | None]] = [
@@ -130,21 +137,21 @@ class SlabMap:
         extents += [(slab.start, slab.stop, slab) for slab in self.slabs.values()]
         extents.sort(key=lambda extent: extent[0])
         found: list[tuple[int, int, list[Slab]]] = []
-        first, busy, reach = 0, 0, -1
+        first, price, reach = 0, 0, -1
         for at, (start, stop, slab) in enumerate(extents):
             unfit = slab is not None and (slab.closing or slab.slot_bytes == slot_bytes)
             if unfit or stop > self.ready or start != reach:
-                first, busy = at, 0
+                first, price = at, 0
             reach = stop
             if unfit or stop > self.ready:
                 first = at + 1
                 continue
-            busy += slab.busy if slab else 0
+            price += slab.price if slab else 0
             while first < at and stop - extents[first + 1][0] >= slot_bytes:
                 leaving = extents[first][2]
-                busy -= leaving.busy if leaving else 0
+                price -= leaving.price if leaving else 0
                 first += 1
             if stop - extents[first][0] >= slot_bytes:
                 slabs = [s for _, _, s in extents[first : at + 1] if s is not None]
-                found.append((busy, stop - extents[first][0], slabs))
+                found.append((price, stop - extents[first][0], slabs))
         return found

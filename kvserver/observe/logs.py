@@ -86,4 +86,5 @@ def _plain(value: object) -> object:
 
 def _shown(value: object) -> str:
     text = str(_plain(value))
-    return json.dumps(text, ensure_ascii=False) if " " in text or not text else text
+    plain = text.isprintable() and not set(text) & set(' "=') and text
+    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -10,11 +10,13 @@ Rule 3: a scrape that cannot be answered in time (the loop stands still) shows l
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _LATENCY_BUCKETS = (
     0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60,
@@ -22,9 +24,37 @@ _LATENCY_BUCKETS = (
 TIER_NAMES = {1: "device", 2: "host", 3: "disk"}
 SLOT_STATES = ("free", "filling", "committed", "copying", "quarantined")
 
-# A counter of Stats, its labels in the name: `evictions.host` -> evictions_total{tier="host"}.
-COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {}
-"""Name -> what it counts, label names."""
+# What Stats counts per tier, as `NAME_TIER`: the metric, and what it counts.
+TIER_COUNTERS = {
+    "evicted": ("kvserver_evictions", "Blocks evicted from a tier."),
+    "corrupt": ("kvserver_corrupt_blocks", "Blocks dropped because their bytes were wrong."),
+}
+# What Stats counts once: the metric, and what it counts.
+COUNTERS = {
+    "hits": ("kvserver_hits", "Blocks that a lookup or acquire found."),
+    "misses": ("kvserver_misses", "Blocks that a lookup or acquire did not find."),
+    "near_misses": (
+        "kvserver_near_miss_namespaces",
+        "Namespaces opened that differ in one field from another.",
+    ),
+    "spills": ("kvserver_spills", "Blocks written to disk."),
+    "spill_skipped": ("kvserver_spill_skipped", "Blocks that lost their disk copy to the lag."),
+    "promotions": ("kvserver_promotions", "Blocks copied from disk to memory."),
+}
+# Field of a tier's Stats: the metric, and what it is.
+_TIER_GAUGES = {
+    "bytes_total": ("kvserver_bytes_capacity", "Configured bytes of a tier's data."),
+    "bytes_ready": ("kvserver_bytes_ready", "Bytes of a tier that may be used by now."),
+    "bytes_used": ("kvserver_bytes_used", "Bytes in slots that are not free."),
+    "up": ("kvserver_tier_up", "1 while a tier works."),
+}
+_GAUGES = {
+    "blocks_filling": "Blocks being written.",
+    "blocks_announced": "Blocks announced and not yet begun.",
+    "spill_queue_bytes": "Bytes that wait for their write to disk.",
+    "epoch": "Starts of the server on this arena.",
+    "draining": "1 while no new reservations are taken.",
+}
 
 
 class Metrics:
@@ -66,3 +96,80 @@ class Metrics:
             self._server.server_close()
             self._thread.join()
             self._server = None
+
+
+class _StatsCollector(Collector):
+    """Turns one Stats answer into metric families."""
+
+    def __init__(self, stats: Callable[[], Any]) -> None:
+        self._stats = stats
+
+    def describe(self) -> list[Metric]:
+        return []  # asked for at registration, when there is no server yet
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            stats = self._stats()
+        except TimeoutError:
+            yield GaugeMetricFamily("kvserver_up", "1 while the server answers.", 0)
+            return
+        yield GaugeMetricFamily("kvserver_up", "1 while the server answers.", 1)
+        yield from _tiers(stats)
+        yield from _totals(stats.counters)
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"kvserver_{name}", text, float(getattr(stats, name)))
+        sessions, namespaces = len(stats.sessions), len(stats.namespaces)
+        yield GaugeMetricFamily("kvserver_sessions", "Open sessions.", sessions)
+        yield GaugeMetricFamily("kvserver_namespaces", "Known namespaces.", namespaces)
+
+
+def _tiers(stats: Any) -> Iterator[Metric]:
+    for name, (metric, text) in _TIER_GAUGES.items():
+        gauge = GaugeMetricFamily(metric, text, labels=["tier"])
+        for tier in stats.tiers:
+            gauge.add_metric([TIER_NAMES[tier.tier]], float(getattr(tier, name)))
+        yield gauge
+    slots = GaugeMetricFamily("kvserver_slots", "Slots by state.", labels=["tier", "state"])
+    blocks = GaugeMetricFamily("kvserver_blocks", "Whole blocks on a tier.", labels=["tier"])
+    quarantined = 0
+    for tier in stats.tiers:
+        tier_name = TIER_NAMES[tier.tier]
+        for state in SLOT_STATES:
+            slots.add_metric([tier_name, state], getattr(tier, f"slots_{state}"))
+        blocks.add_metric([tier_name], tier.slots_committed)
+        quarantined += tier.slots_quarantined
+    yield slots
+    yield blocks
+    yield GaugeMetricFamily(
+        "kvserver_quarantined_slots", "Slots that somebody may still touch.", quarantined
+    )
+
+
+def _totals(counters: Mapping[str, int]) -> Iterator[Metric]:
+    rest = dict(counters)
+    for name, (metric, text) in COUNTERS.items():
+        yield CounterMetricFamily(metric, text, rest.pop(name, 0))
+    for name, (metric, text) in TIER_COUNTERS.items():
+        family = CounterMetricFamily(metric, text, labels=["tier"])
+        for tier in TIER_NAMES.values():
+            family.add_metric([tier], rest.pop(f"{name}_{tier}", 0))
+        yield family
+    restored = GaugeMetricFamily(
+        "kvserver_restored_blocks", "Blocks that the last start found.", labels=["tier"]
+    )
+    for tier in ("host", "disk"):
+        restored.add_metric([tier], rest.pop(f"restored_{tier}", 0))
+    yield restored
+    moved = CounterMetricFamily(
+        "kvserver_bytes",
+        "Bytes moved. Host: what clients pushed and pulled; disk: written and read.",
+        labels=["tier", "direction"],
+    )
+    for tier in ("host", "disk"):
+        for direction in ("in", "out"):
+            moved.add_metric([tier, direction], rest.pop(f"bytes_{tier}_{direction}", 0))
+    yield moved
+    events = CounterMetricFamily("kvserver_events", "Everything else counted.", labels=["event"])
+    for name, value in sorted(rest.items()):
+        events.add_metric([name], value)
+    yield events

@@ -135,7 +135,7 @@ class DiskTier:
         failpoints.hit("spill.before_valid")
         self._recorded.update(targets)
         failpoints.hit("journal.put")
-        self._journal.put_batch((spill.copy.target.offset, spill.record) for spill in batch)
+        self._journal.put_valid(*(spill.record for spill in batch))
         failpoints.hit("spill.before_wal_sync")
         self._sync_journal()
         failpoints.hit("spill.after_valid")

@@ -17,7 +17,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -33,7 +33,6 @@ from kvserver.core.events import (
     ClientDead,
     Commit,
     CommitResult,
-    CommitVerdict,
     Copy,
     EntryInvalid,
     EntryReserved,
@@ -49,7 +48,8 @@ from kvserver.core.events import (
     Tier,
     Verify,
 )
-from kvserver.core.hub import Hub, HubConfig
+from kvserver.core.hub import Hub
+from kvserver.core.limits import HubConfig
 from kvserver.runtime import failpoints
 from kvserver.runtime.entries import HostEntries
 from kvserver.tiers.host import HostArena
@@ -77,7 +77,7 @@ class Driver:
         config: HubConfig,
         *,
         host: HostArena,
-        report: Callable[[str, BaseException], None],
+        report: Callable[[str, BaseException], object],
         is_dead: Callable[[int], bool],
         clock: Callable[[], float] = time.monotonic,
         log: logging.Logger,
@@ -93,7 +93,6 @@ class Driver:
         self._open: dict[int, asyncio.Future[Any]] = {}
         self._streams: dict[int, asyncio.Queue[Granted | AcquireResult | Exception]] = {}
         self._checksums: dict[int, Checksums] = {}
-        self._mismatched: dict[int, set[int]] = {}
         self._unheard: dict[int, Reserve] = {}
         self._posted: list[Event] = []
         self._posted_lock = threading.Lock()
@@ -150,21 +149,12 @@ class Driver:
     async def commit(self, event: Commit, checksums: Checksums) -> CommitResult:
         """A Commit with its checksums, shape [len(indices), cells of the region]."""
         self._checksums[event.ticket] = checksums
-        self._mismatched[event.ticket] = set()
         try:
-            result = await self.ask(event, CommitResult)
-            mismatched = self._mismatched[event.ticket]
+            return await self.ask(event, CommitResult)
         finally:
-            del self._checksums[event.ticket], self._mismatched[event.ticket]
-        if not mismatched:
-            return result
-        verdicts = list(result.verdicts)
-        for index in mismatched:
-            if verdicts[index] is CommitVerdict.OK:
-                verdicts[index] = CommitVerdict.MISMATCH
-        return CommitResult(verdicts, result.completed)
+            del self._checksums[event.ticket]
 
-    async def acquire(self, event: Acquire) -> AsyncIterator[Granted | AcquireResult]:
+    async def acquire(self, event: Acquire) -> AsyncGenerator[Granted | AcquireResult, None]:
         """The stream of an Acquire; closing it early cancels it in the core.
 
         What waits in the queue is bounded by the blocks asked for, each is in it at most once.
@@ -265,8 +255,8 @@ class Driver:
             case Granted(ticket=ticket):
                 if ticket in self._streams:
                     self._streams[ticket].put_nowait(instruction)
-            case CellsCommitted():
-                self._commit_cells(instruction)
+            case CellsCommitted(ticket=ticket, index=index):
+                self.entries.committed(instruction, self._checksums[ticket][index])
             case EntryReserved(place, clients):
                 self.entries.reserved(place, clients)
                 failpoints.hit("reserve.after_entry")
@@ -281,11 +271,6 @@ class Driver:
     def _running_jobs(self) -> Jobs:
         assert self._jobs is not None, "attach() comes first"
         return self._jobs
-
-    def _commit_cells(self, instruction: CellsCommitted) -> None:
-        checksums = self._checksums[instruction.ticket][instruction.index]
-        if not self.entries.committed(instruction, checksums):
-            self._mismatched[instruction.ticket].add(instruction.index)
 
     def _answer(self, ticket: int, result: object) -> None:
         if ticket in self._streams:

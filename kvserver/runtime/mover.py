@@ -1,7 +1,7 @@
 """Threads that move bytes for the driver: a pool for copies and checks, one thread for the disk.
 
-Rule 1: every job is answered by exactly one JobDone, whatever happens; after `close` too, for jobs
-that had begun.
+Rule 1: every job is answered by exactly one JobDone, whatever happens. `close` lets what has begun
+end and answers what still waits for the disk with an error.
 Rule 2: only the disk thread writes the slot file and the journal, so their order needs no locks.
 Reads of the slot file run in the pool beside it.
 Rule 3: when the disk tier goes down, its jobs fail at once until it has come back; the disk thread
@@ -31,6 +31,7 @@ from kvserver.core.events import (
 from kvserver.journal.record import DiskRecord
 from kvserver.runtime.copies import Copies, Shape
 from kvserver.runtime.disk import DiskDown, DiskTier, Spill
+from kvserver.tiers.checksums import verify_slot
 from kvserver.tiers.entry import ValidEntry
 from kvserver.tiers.host import HostArena
 
@@ -103,10 +104,14 @@ class Mover:
                 self._wake.notify()
 
     def close(self) -> None:
-        """Finish what has begun and what waits; then the threads end."""
+        """What has begun ends, what waits for the disk is given up; then the threads end."""
         with self._wake:
             self._closing = True
+            given_up = [job.job for job, _ in self._spills]
+            self._spills.clear()
             self._wake.notify()
+        for job in given_up:
+            self._post(JobDone(job, "the server is stopping"))
         if self._disk_thread is not None:
             self._disk_thread.join()
         self._pool.shutdown(wait=True)
@@ -170,7 +175,8 @@ class Mover:
             disk.add_namespace(spec)
         if not disk.up:
             self._come_back(disk)
-        ready = [spill for job, spec in batch if (spill := self._prepare(job, spec))]
+        prepared = [self._prepare(job, spec) for job, spec in batch]
+        ready = [spill for spill in prepared if isinstance(spill, Spill)]
         error = ""
         try:
             if ready:
@@ -179,16 +185,21 @@ class Mover:
                 disk.flush_forgotten()
         except DiskDown as down:
             error = str(down)
-        written = {spill.copy.job for spill in ready}
-        changed = "the source has changed"
-        return [JobDone(job.job, error if job.job in written else changed) for job, _ in batch]
+        return [
+            JobDone(done.copy.job, error) if isinstance(done, Spill) else done for done in prepared
+        ]
 
-    def _prepare(self, job: Copy, spec: NamespaceSpec) -> Spill | None:
+    def _prepare(self, job: Copy, spec: NamespaceSpec) -> Spill | JobDone:
+        """What to write; bytes that are wrong already stay off the disk."""
         entry = self._host.read_entry(job.source.offset)
         if not isinstance(entry, ValidEntry) or entry.generation != job.source.generation:
-            return None
-        info, target = job.info, job.target
+            return JobDone(job.job, "the source has changed")
+        info, target, shape = job.info, job.target, Shape.of(spec, job.info)
+        view = self._host.slot(job.source.offset, shape.io_bytes)
+        if not verify_slot(view, shape.cells, shape.cell_bytes, entry.root):
+            return JobDone(job.job, "checksums differ in memory", corrupt=True)
         record = DiskRecord(
+            target.offset,
             target.slot_bytes,
             target.generation,
             spec.tag,
@@ -197,7 +208,6 @@ class Mover:
             info.tokens,
             entry.root,
         )
-        view = self._host.slot(job.source.offset, Shape.of(spec, info).io_bytes)
         return Spill(job, view, record)
 
     def _come_back(self, disk: DiskTier) -> None:

@@ -14,6 +14,7 @@ import time
 from kvproto.namespace import NamespaceSpec
 from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.core.slabs import slot_bytes_max
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
 from kvserver.runtime.sessions import Session, Sessions
@@ -44,8 +45,10 @@ class Node:
         self.epoch = host.epoch
         self.arena_id = host.arena_id
         self.draining = False
+        self.bytes_granted = 0  # bytes of leased regions
         self.started = time.monotonic()
         self.near_misses: dict[bytes, list[str]] = {}
+        self._host_bytes = host.data_bytes
         self._mover = mover
         self._liveness = liveness
         self._names = names
@@ -110,6 +113,11 @@ class Node:
             self._find_near_misses(spec)
         session.namespaces[handle] = spec
         return handle, self.near_misses[spec.id]
+
+    @property
+    def slot_bytes_max(self) -> int:
+        """The largest slot of the host tier."""
+        return slot_bytes_max(self._host_bytes)
 
     def slot_bytes(self, spec: NamespaceSpec) -> int:
         """The size class that a full block of a namespace takes."""

@@ -71,7 +71,7 @@ def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recover
     found.drop("damaged host entry", damaged)
     for start in range(0, len(valid), BATCH_BLOCKS):
         batch = valid[start : start + BATCH_BLOCKS]
-        tell(RestoreBlocks(Tier.HOST, [_restored(entry.offset, entry) for entry in batch]))
+        tell(RestoreBlocks(Tier.HOST, [_restored(entry) for entry in batch]))
     found.host_blocks = len(valid)
     for entry in reserved:
         for client in entry.clients:
@@ -86,22 +86,22 @@ def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recover
     tell(RestoreDone(Tier.HOST, host.generation_max))
 
 
-def restore_disk(records: Sequence[tuple[int, DiskRecord]], tell: Tell, found: Recovered) -> None:
-    """Tell the core what the journal says: offsets and records."""
+def restore_disk(records: Sequence[DiskRecord], tell: Tell, found: Recovered) -> None:
+    """Tell the core what the journal says."""
     for start in range(0, len(records), BATCH_BLOCKS):
         batch = records[start : start + BATCH_BLOCKS]
-        tell(RestoreBlocks(Tier.DISK, [_restored(offset, record) for offset, record in batch]))
+        tell(RestoreBlocks(Tier.DISK, [_restored(record) for record in batch]))
     found.disk_blocks = len(records)
-    tell(RestoreDone(Tier.DISK, max((r.generation for _, r in records), default=0)))
+    tell(RestoreDone(Tier.DISK, max((r.generation for r in records), default=0)))
 
 
-def _restored(offset: int, entry: ValidEntry | DiskRecord) -> RestoredBlock:
+def _restored(entry: ValidEntry | DiskRecord) -> RestoredBlock:
     return RestoredBlock(
         entry.tag,
         entry.key,
         entry.parent,
         entry.tokens,
-        offset,
+        entry.offset,
         entry.slot_bytes,
         entry.generation,
     )

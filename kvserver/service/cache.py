@@ -13,6 +13,7 @@ from typing import Any
 
 import kvserver
 from kvproto.errors import FieldError
+from kvproto.grid import Grid, Region
 from kvproto.namespace import TEXT_BYTES_MAX
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
@@ -254,10 +255,11 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
                     missing = convert.pack(item.missing, "<u4")
                     yield pb.AcquireReply(missing=missing, done=True)
                 else:
-                    yield self._grant(item)
+                    yield self._grant(item, spec.grid, event.region)
 
-    def _grant(self, item: events.Granted) -> pb.AcquireReply:
+    def _grant(self, item: events.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
         blocks = item.blocks
+        self._node.bytes_granted += sum(grid.region_bytes(region, b.tokens) for b in blocks)
         offsets, generations = convert.places_to([b.place for b in blocks])
         entries = self._driver.entries
         roots = (entries.root(b.place) if b.complete else 0 for b in blocks)

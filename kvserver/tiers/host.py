@@ -139,21 +139,20 @@ class HostArena:
         path = directory / ARENA_NAME
         data_bytes = data_bytes_within(budget_bytes)
         found = _find(path, data_bytes, keep=keep)
-        header = found.header
-        if not found.reason and header is not None:
-            fd = found.fd
-            allocated = os.fstat(fd).st_blocks * 512
-            if data_bytes > header.data_bytes:
-                _check_space(directory, budget_bytes, allocated)
-        else:
-            _retire(path, found.fd)
-            _check_space(directory, budget_bytes, 0)
-            fd, header = _create(directory, data_bytes, header.epoch + 1 if header else 1)
+        fd, header = found.fd, found.header
         try:
+            if found.reason or header is None:
+                _retire(path, fd)
+                fd = -1
+                _check_space(directory, budget_bytes, 0)
+                fd, header = _create(directory, data_bytes, header.epoch + 1 if header else 1)
+            elif data_bytes > header.data_bytes:
+                _check_space(directory, budget_bytes, os.fstat(fd).st_blocks * 512)
             header = _resize(fd, header, data_bytes)
             arena = cls(lock, path, fd, header, mlock=mlock)
         except BaseException:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             raise
         arena.warm, arena.cold_reason = not found.reason, found.reason
         if arena.warm:
@@ -307,9 +306,13 @@ def _create(directory: Path, data_bytes: int, epoch: int) -> tuple[int, ArenaHea
     fresh = directory / FRESH_NAME
     fresh.unlink(missing_ok=True)
     fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.ftruncate(fd, data_offset + data_bytes)
-    os.pwrite(fd, header.encode(), 0)
-    fresh.rename(directory / ARENA_NAME)
+    try:
+        os.ftruncate(fd, data_offset + data_bytes)
+        os.pwrite(fd, header.encode(), 0)
+        fresh.rename(directory / ARENA_NAME)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd, header
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from types import MappingProxyType
+from typing import Any
 
 from kvproto.errors import FieldError, require_int
 from kvproto.grid import Grid
@@ -119,19 +120,13 @@ class NamespaceSpec:
     def decode(cls, raw: bytes) -> NamespaceSpec:
         """The inverse of `canonical`. FieldError when `raw` is no canonical encoding."""
         reader = _Reader(raw)
-        version = require_int("format_version", reader.number(), FORMAT_VERSION, FORMAT_VERSION)
-        texts = {name: reader.text() for name in _TEXTS}
-        weights, adapter = reader.item(), reader.item()
-        counts = {name: reader.number() for name in _COUNTS}
-        pairs = [(reader.text(), reader.text()) for _ in range(min(reader.number(), 1 << 16))]
-        spec = cls(
-            format_version=version,
-            weights=weights,
-            adapter=adapter,
-            attributes=dict(pairs),
-            **texts,
-            **counts,
-        )
+        require_int("format_version", reader.number(), FORMAT_VERSION, FORMAT_VERSION)
+        values: dict[str, Any] = {name: reader.text() for name in _TEXTS}
+        values |= {name: reader.item() for name in ("weights", "adapter")}
+        values |= {name: reader.number() for name in _COUNTS}
+        count = min(reader.number(), ATTRIBUTES_MAX + 1)
+        values["attributes"] = {reader.text(): reader.text() for _ in range(count)}
+        spec = cls(**values)
         if spec.canonical != raw:
             raise FieldError("spec", len(raw), "a canonical encoding")
         return spec

@@ -82,7 +82,7 @@ class Driver:
         first: dict[str, float] = {}
         last: dict[str, float] = {}
         while len(done) < len(names):
-            for output in self._engine.step():
+            for output in self._step():
                 now = time.monotonic() - began
                 first.setdefault(output.request_id, now)
                 if output.finished:
@@ -93,10 +93,10 @@ class Driver:
         name = self._add(command["prompt"], command["tokens"], 0)
         end = time.monotonic() + command["after_s"]
         while time.monotonic() < end:
-            self._engine.step()
+            self._step()
         self._engine.abort_request([name])
         while self._engine.has_unfinished_requests():
-            self._engine.step()
+            self._step()
         return {"done": True}
 
     def _reset(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +106,15 @@ class Driver:
     def _idle(self, command: dict[str, Any]) -> dict[str, Any]:
         end = time.monotonic() + command["seconds"]
         while time.monotonic() < end:
-            self._engine.step()
-            time.sleep(0.001)
+            self._step()
         return {"done": True}
+
+    def _step(self) -> list[Any]:
+        """One step; like a server's loop, a step without results yields to other threads."""
+        outputs: list[Any] = self._engine.step()
+        if not outputs:
+            time.sleep(0.001)
+        return outputs
 
 
 def _shown(output: Any, first_s: float, last_s: float) -> dict[str, Any]:

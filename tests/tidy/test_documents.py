@@ -107,6 +107,22 @@ def test_links_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_paths_in_the_documents_exist() -> None:
+    """`kvserver/core/hub.py` and `tests/x/test_y.py::test_z`: what stands in backquotes is there."""
+    folders = "bench|client|constraints|docker|docs|kvserver|proto|scripts|tests|vllm_adapter"
+    path_like = re.compile(rf"((?:{folders})/[\w./-]*[\w/])(?:::(\w+))?")
+    absent = []
+    for document in DOCUMENTS:
+        for code in _CODE.findall(_FENCE.sub("", document.read_text(encoding="utf-8"))):
+            match = path_like.fullmatch(code)
+            if match is None:
+                continue
+            path = ROOT / match[1]
+            if not path.exists() or (match[2] and f"def {match[2]}(" not in path.read_text()):
+                absent.append(f"{document.name}: {code}")
+    assert absent == []
+
+
 def test_every_option_says_what_it_is() -> None:
     table = option_table()
     assert table

@@ -43,7 +43,6 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
     "prometheus_client": frozenset({"kvserver.observe"}),
     "rocksdict": frozenset({"kvserver.journal"}),
-    "cupy": frozenset({"kvserver.tiers", "kvserver_vllm"}),
     "huggingface_hub": frozenset({"kvserver_vllm"}),
     "torch": frozenset({"kvserver_vllm"}),
     "vllm": frozenset({"kvserver_vllm"}),

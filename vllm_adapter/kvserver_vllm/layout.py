@@ -201,26 +201,71 @@ class HostPages:
         self.blocks = first.blocks
         self.format = PageFormat.of(encoding, first)
         memory = [_storage_bytes(tensor) for tensor in tensors]
-        self._views = [
-            [_part_view(raw, layer, self.format, part) for part in self.format.parts]
-            for raw, layer in zip(memory, described, strict=True)
-        ]
+        self._stretches = _stretches(memory, described, self.format)
 
     def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
-        for position, block, count, page, pages in _runs(page_ids, self.format.pages_per_block):
-            for index in range(layer, stop):
-                for part, view in zip(self.format.parts, self._views[index], strict=True):
-                    source = view[block : block + count, page : page + pages]
-                    target = _cell_part(out[index - layer], position, part, count, pages)
-                    np.copyto(target, source)
+        for engine, cells in self._pairs(layer, stop, page_ids, out):
+            np.copyto(cells, engine)
 
     def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
+        for engine, source in self._pairs(layer, stop, page_ids, cells):
+            np.copyto(engine, source)
+
+    def _pairs(
+        self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes
+    ) -> Iterator[tuple[Bytes, Bytes]]:
+        """(engine memory, cells) views of equal shape [layers, blocks, pages, heads, rows, bytes].
+
+        Few and large: each copy gives up the interpreter's lock, and getting it back from a busy
+        engine costs up to 5 ms.
+        """
         for position, block, count, page, pages in _runs(page_ids, self.format.pages_per_block):
-            for index in range(layer, stop):
-                for part, view in zip(self.format.parts, self._views[index], strict=True):
-                    target = view[block : block + count, page : page + pages]
-                    source = _cell_part(cells[index - layer], position, part, count, pages)
-                    np.copyto(target, source)
+            for stretch in self._stretches:
+                first, last = max(layer, stretch.start), min(stop, stretch.stop)
+                if first >= last:
+                    continue
+                rows = slice(first - stretch.start, last - stretch.start)
+                part_cells = cells[first - layer : last - layer]
+                for part, view in zip(self.format.parts, stretch.views, strict=True):
+                    yield (
+                        view[rows, block : block + count, page : page + pages],
+                        _cell_part(part_cells, position, part, count, pages),
+                    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Layers [start, stop) that lie at equal distances in one storage, one view per part."""
+
+    start: int
+    stop: int
+    views: list[Bytes]
+
+
+def _stretches(
+    memory: Sequence[Bytes], layers: Sequence[LayerTensor], form: PageFormat
+) -> list[Stretch]:
+    """As few stretches as the layers' places in memory allow."""
+    found, start = [], 0
+    while start < len(layers):
+        stop, distance = start + 1, 0
+        while stop < len(layers):
+            step = layers[stop].address - layers[stop - 1].address
+            same = _base(memory[stop]) == _base(memory[start])
+            if not same or step <= 0 or distance not in (0, step):
+                break
+            stop, distance = stop + 1, step
+        views = [
+            _part_view(memory[start], layers[start], stop - start, distance, form, part)
+            for part in form.parts
+        ]
+        found.append(Stretch(start, stop, views))
+        start = stop
+    return found
+
+
+def _base(raw: Bytes) -> int:
+    return int(raw.__array_interface__["data"][0])
 
 
 def _shape(layer: LayerTensor) -> tuple[int, ...]:
@@ -244,10 +289,19 @@ def _storage_bytes(tensor: Any) -> Bytes:
     return array
 
 
-def _part_view(raw: Bytes, layer: LayerTensor, form: PageFormat, part: Part) -> Bytes:
-    """[blocks, pages per block, heads, rows, row bytes] over the engine's memory."""
-    shape = (layer.blocks, form.pages_per_block, layer.heads, part.rows, part.row_bytes)
-    strides = (layer.block_stride, part.page_stride, layer.head_stride, part.row_stride, 1)
+def _part_view(
+    raw: Bytes, layer: LayerTensor, layers: int, distance: int, form: PageFormat, part: Part
+) -> Bytes:
+    """[layers, blocks, pages per block, heads, rows, row bytes] over the engine's memory."""
+    shape = (layers, layer.blocks, form.pages_per_block, layer.heads, part.rows, part.row_bytes)
+    strides = (
+        distance,
+        layer.block_stride,
+        part.page_stride,
+        layer.head_stride,
+        part.row_stride,
+        1,
+    )
     start = layer.address + part.start
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if start < 0 or min(strides) < 0 or start + last >= raw.size:
@@ -256,11 +310,11 @@ def _part_view(raw: Bytes, layer: LayerTensor, form: PageFormat, part: Part) -> 
 
 
 def _cell_part(cells: Bytes, position: int, part: Part, count: int, pages: int) -> Bytes:
-    """[count, pages, heads, rows, row bytes] over the cells [heads, pages, page_bytes]."""
+    """[layers, count, pages, heads, rows, row bytes] over cells [layers, heads, pages, bytes]."""
     stop = position + count * pages
-    flat = cells[:, position:stop, part.offset : part.offset + part.size_bytes]
-    split = flat.reshape(flat.shape[0], count, pages, part.rows, part.row_bytes)
-    return split.transpose(1, 2, 0, 3, 4)
+    flat = cells[:, :, position:stop, part.offset : part.offset + part.size_bytes]
+    split = flat.reshape(*flat.shape[:2], count, pages, part.rows, part.row_bytes)
+    return split.transpose(0, 2, 3, 1, 4, 5)
 
 
 def _runs(

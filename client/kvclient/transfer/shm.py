@@ -24,7 +24,7 @@ import numpy as np
 
 from kvclient.errors import DeadlineExceeded, Gone, KVError, Unavailable, Unsupported
 from kvclient.transfer.base import Bytes
-from kvproto.arena import ArenaReader
+from kvproto.arena import EPOCH_WORD, GENERATION_WORD, RECORD_WORDS, UNIT, ArenaReader
 from kvproto.errors import FieldError
 from kvproto.handshake import (
     ANSWER_HEAD_BYTES,
@@ -81,10 +81,10 @@ class ShmArena:
             self.address = address
             self.arena_id = answer.arena_id
             self.epoch = answer.epoch
-            self._reader: ArenaReader | None = ArenaReader(
-                np.frombuffer(_map(arena_fd, answer.file_bytes, mmap.PROT_READ), dtype=np.uint8)
+            file: Bytes = np.frombuffer(
+                _map(arena_fd, answer.file_bytes, mmap.PROT_READ), dtype=np.uint8
             )
-            header = self._reader.header
+            header = ArenaReader(file).header
             told = (answer.arena_id, answer.table_offset, answer.data_offset, answer.data_bytes)
             if told != (
                 header.arena_id,
@@ -94,6 +94,10 @@ class ShmArena:
             ):
                 raise FieldError("arena", "its header", "as the handshake says")
             self.data_bytes = header.data_bytes
+            # Header and table as words: indexing these costs a fifth of a microsecond, NumPy ten.
+            self._words: memoryview | None = file[: header.data_offset].data.cast("Q")
+            self._generation_at = header.table_offset // 8 + GENERATION_WORD
+            self._in: Bytes | None = file[header.data_offset :][: header.data_bytes]
             self._out: Bytes | None = None
             self._out_map: weakref.ref[mmap.mmap] | None = None
             if liveness_fd >= 0:
@@ -108,31 +112,33 @@ class ShmArena:
             raise
 
     def alive(self) -> bool:
-        return self._reader is not None and self._reader.epoch() == self.epoch
+        words = self._words
+        return words is not None and words[EPOCH_WORD] == self.epoch
 
     def current(self, offset: int, generation: int) -> bool:
-        if self._reader is None:
+        words = self._words
+        if words is None:
             return False
-        offsets = np.array([offset], dtype=np.uint64)
-        generations = np.array([generation], dtype=np.uint64)
-        return bool(self._reader.current(offsets, generations, self.epoch)[0])
+        at = self._generation_at + offset // UNIT * RECORD_WORDS
+        return bool(words[at] == generation and words[EPOCH_WORD] == self.epoch)
 
     def reading(self, offset: int, length: int) -> Bytes:
         self._check(offset, length)
-        if self._reader is None:
+        if self._in is None:
             raise self._gone()
-        return self._reader.data[offset : offset + length]
+        return self._in[offset : offset + length]
 
     def writing(self, offset: int, length: int) -> Bytes:
         self._check(offset, length)
-        if self._reader is None:
+        if self._in is None:
             raise self._gone()
         if self._out is None:
             raise Unsupported("this client was opened for reading only", field="read_only")
         return self._out[offset : offset + length]
 
     def close(self) -> None:
-        self._reader = None
+        self._words = None
+        self._in = None
         self._out = None
 
     @property

@@ -205,6 +205,19 @@ def test_a_layer_range_is_counted_from_its_start() -> None:
     assert np.array_equal(part, everything[1:])
 
 
+def test_layers_in_storages_of_their_own_are_gathered_all_the_same() -> None:
+    shared = kv_tensors("LBHNC", 32)
+    fill(shared)
+    apart = [shared[0], shared[1].clone(), shared[2]]
+    outs = []
+    for tensors in (shared, apart):
+        pages = HostPages(CPU_ENCODING, tensors)
+        out = cells(pages, 3)
+        pages.gather(0, LAYERS, [4, 1, 2], out)
+        outs.append(out)
+    assert np.array_equal(*outs)
+
+
 def test_blocks_that_are_no_whole_number_of_pages_are_refused_by_name() -> None:
     with pytest.raises(FieldError, match="block_size is 48"):
         HostPages(CPU_ENCODING, kv_tensors("LBHNC", 48))

@@ -22,7 +22,7 @@ from tests.unit.client.conftest import ServedArena
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 GRID = Grid(layers=6, heads=4, block_tokens=64, page_tokens=16, page_bytes=256)
-LONG = Grid(layers=2, heads=2, block_tokens=16, page_tokens=16, page_bytes=300_000)
+LONG = Grid(layers=2, heads=2, block_tokens=16, page_tokens=16, page_bytes=1_500_000)
 SLOT = Slot(offset=32 << 10, generation=4, tokens=64)
 REGIONS = st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 3), st.integers(1, 4)).map(
     lambda t: Region(t[0], min(6, t[0] + t[1]), t[2], min(4, t[2] + t[3]))
@@ -188,7 +188,7 @@ def test_a_slot_that_changes_under_the_copy_is_stale(
     served: ServedArena, arena: ShmArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check after the copy: the generation moves when the last chunk has been copied."""
-    slot = put(served, LONG, Slot(SLOT.offset, SLOT.generation, 16), noise(2, 2, 300_000))
+    slot = put(served, LONG, Slot(SLOT.offset, SLOT.generation, 16), noise(2, 2, 1_500_000))
     calls = 0
     genuine = ShmArena.current
 
@@ -200,7 +200,7 @@ def test_a_slot_that_changes_under_the_copy_is_stale(
         return genuine(self, offset, generation)
 
     monkeypatch.setattr(ShmArena, "current", current)
-    out = np.zeros((2, 2, 300_000), np.uint8)
+    out = np.zeros((2, 2, 1_500_000), np.uint8)
     reading = Reading(arena, LONG, LONG.whole, [slot], [out])
     reading(Piece(0, 0, 2))
     assert calls == 14

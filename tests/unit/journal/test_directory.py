@@ -1,4 +1,4 @@
-"""The journal: what survives, what is dropped and counted, and damage that does not stop a start."""
+"""The journal: what survives, what is dropped and counted; damage does not stop the start."""
 
 from __future__ import annotations
 
@@ -137,6 +137,11 @@ def test_readonly_changes_nothing(path: Path) -> None:
 # ---- failure and return ------------------------------------------------------------------------
 
 
+def put_many(journal: Directory, count: int) -> None:
+    for index in range(1, count):
+        journal.put_valid(record(index))
+
+
 def test_a_failed_write_is_a_journal_error_and_reopen_brings_it_back(path: Path) -> None:
     """RLIMIT_FSIZE stands for a full disk: the log cannot grow, RocksDB then refuses all writes."""
     journal = Directory.open(path, file_id=FILE_ID)
@@ -147,8 +152,7 @@ def test_a_failed_write_is_a_journal_error_and_reopen_brings_it_back(path: Path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
     try:
         with pytest.raises(JournalError, match="File too large"):
-            for index in range(1, 500):
-                journal.put_valid(record(index))
+            put_many(journal, 500)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -87,7 +87,7 @@ class DiskFiles:
         """Offset -> key of every record, read from a closed journal."""
         journal = Directory.open_readonly(self.path / JOURNAL_NAME)
         try:
-            return {offset: record.key for offset, record in journal.scan(1 << 40).records}
+            return {record.offset: record.key for record in journal.scan(1 << 40).records}
         finally:
             journal.close()
 

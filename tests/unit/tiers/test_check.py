@@ -12,10 +12,10 @@ import pytest
 from kvproto.arena import UNIT
 from kvserver.journal.directory import JOURNAL_NAME, Directory
 from kvserver.journal.record import DiskRecord
-from kvserver.runtime.check import check
+from kvserver.tiers.check import LINES_MAX, AreaReport, Progress, check_disk, check_host
 from kvserver.tiers.checksums import cell_checksums, slot_root, store_checksums
 from kvserver.tiers.disk import DATA_OFFSET, HEADER_BYTES, SLOTS_NAME, DiskFile
-from kvserver.tiers.errors import ArenaError, DirectoryBusy
+from kvserver.tiers.errors import ArenaError
 from kvserver.tiers.host import ARENA_NAME, HostArena
 from kvserver.tiers.names import NAMESPACES_NAME, NamespaceLog
 from tests.support.payload import Blocks
@@ -75,11 +75,29 @@ def files(shm_dir: Path, tmp_path: Path) -> Files:
     return Files(shm_dir, tmp_path)
 
 
+def check_files(
+    files: Files, *, verify: bool = True, progress: Progress | None = None
+) -> tuple[AreaReport, AreaReport]:
+    """Host and disk."""
+    host = check_host(files.host, verify=verify, progress=progress)
+    journal = Directory.open_readonly(files.disk / JOURNAL_NAME)
+    found = journal.scan(1 << 62)
+    disk = check_disk(
+        files.disk,
+        found.records,
+        journal.namespaces().values(),
+        dropped=found.dropped,
+        file_id=journal.file_id,
+        verify=verify,
+        progress=progress,
+    )
+    journal.close()
+    return host, disk
+
+
 def test_whole_files_are_good(files: Files) -> None:
     told: list[tuple[int, int]] = []
-    reports = check(
-        files.host, files.disk, verify=True, progress=lambda done, total: told.append((done, total))
-    )
+    reports = check_files(files, progress=lambda done, total: told.append((done, total)))
     for report in reports:
         assert (report.bad, report.lines) == (0, [])
         assert (report.namespaces, report.blocks, report.verified) == (1, COUNT, COUNT)
@@ -87,7 +105,7 @@ def test_whole_files_are_good(files: Files) -> None:
     assert [report.name for report in reports] == ["host", "disk"]
     assert [report.reserved for report in reports] == [1, 0]
     assert told == [(i, COUNT) for i in range(1, COUNT + 1)] * 2
-    assert [r.verified for r in check(files.host, files.disk)] == [0, 0]
+    assert [r.verified for r in check_files(files, verify=False)] == [0, 0]
 
 
 def test_a_flipped_payload_bit_is_one_corrupt_block(files: Files) -> None:
@@ -96,26 +114,29 @@ def test_a_flipped_payload_bit_is_one_corrupt_block(files: Files) -> None:
     arena.close()
     files.flip(files.host / ARENA_NAME, data_offset + 2 * SLOT_BYTES + 77)
     files.flip(files.disk / SLOTS_NAME, DATA_OFFSET + 4 * SLOT_BYTES + 5000)
-    host, disk = check(files.host, files.disk, verify=True)
+    host, disk = check_files(files)
     assert (host.corrupt, host.bad, disk.corrupt, disk.bad) == (1, 1, 1, 1)
     assert host.lines == [
         f"host: slot {2 * SLOT_BYTES}: block {KEYS[2].hex()}:"
         " the payload does not match its checksums"
     ]
     assert KEYS[4].hex() in disk.lines[0]
-    assert [r.bad for r in check(files.host, files.disk)] == [0, 0]  # without verify: not looked at
+    assert [r.bad for r in check_files(files, verify=False)] == [
+        0,
+        0,
+    ]  # without verify: not looked at
 
 
 def test_a_flipped_entry_bit_is_one_damaged_entry(files: Files) -> None:
     files.flip(files.host / ARENA_NAME, HEADER_BYTES + SLOT_BYTES // UNIT * 128 + 50)
-    (host,) = check(files.host, None, verify=True)
+    host, _ = check_files(files)
     assert (host.damaged, host.bad, host.blocks) == (1, 1, COUNT - 1)
     assert host.lines == [f"host: slot {SLOT_BYTES}: the entry does not count"]
 
 
 def test_a_lost_namespace_log_leaves_blocks_that_nobody_knows(files: Files) -> None:
     (files.host / NAMESPACES_NAME).write_bytes(b"rubbish")
-    (host,) = check(files.host, None, verify=True)
+    host, _ = check_files(files)
     assert (host.unknown_namespace, host.bad, host.verified) == (COUNT, COUNT, 0)
     assert host.notes == ["7 bytes of the namespace log belong to no record"]
 
@@ -127,45 +148,45 @@ def test_overlaps_and_blocks_that_do_not_fit_are_misplaced(files: Files) -> None
     lone = (COUNT + 3) * SLOT_BYTES
     arena.write_valid(lone, UNIT, 1, tag, key, bytes(32), 129, 1)
     arena.close()
-    (host,) = check(files.host, None)
+    host, _ = check_files(files)
     assert host.misplaced == 3  # the intruder, the slot that it reaches into, the one too small
     assert len(host.lines) == 3
 
 
 def test_a_header_that_does_not_count_is_reported(files: Files) -> None:
     files.flip(files.host / ARENA_NAME, 90)
-    (host,) = check(files.host, None)
+    host, _ = check_files(files)
     assert host.damaged == 1
     assert "the header does not count" in host.lines[0]
 
 
 def test_a_slot_file_that_is_not_the_journals(files: Files) -> None:
     (files.disk / SLOTS_NAME).unlink()
-    (disk,) = check(None, files.disk, verify=True)
+    _, disk = check_files(files)
     assert (disk.damaged, disk.blocks) == (COUNT, 0)
     DiskFile.open(files.disk / SLOTS_NAME, BUDGET).close()
-    (disk,) = check(None, files.disk, verify=True)
+    _, disk = check_files(files)
     assert (disk.damaged, disk.blocks) == (COUNT, 0)
     assert "another slot file" in disk.lines[0]
 
 
-def test_a_check_refuses_what_it_cannot_look_at(files: Files, tmp_path: Path) -> None:
-    arena = HostArena.open(files.host, BUDGET)
-    with pytest.raises(DirectoryBusy):
-        check(files.host, None)
-    arena.close()
-    with pytest.raises(ArenaError):
-        check(tmp_path / "absent", None)
-    empty = tmp_path / "empty"
-    empty.mkdir()
+def test_a_directory_without_an_arena_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match="no arena"):
-        check(empty, None)
+        check_host(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_bad_blocks_are_counted_and_the_lines_bounded() -> None:
+    report = AreaReport("host")
+    for index in range(LINES_MAX + 5):
+        report.say(f"slot {index}")
+    assert len(report.lines) == LINES_MAX
 
 
 def test_a_check_changes_nothing(files: Files) -> None:
     files.flip(files.host / ARENA_NAME, HEADER_BYTES + 50)
     names = (files.host / ARENA_NAME, files.host / NAMESPACES_NAME, files.disk / SLOTS_NAME)
     before = [path.read_bytes() for path in names]
-    first = check(files.host, files.disk, verify=True)
+    first = check_files(files)
     assert [path.read_bytes() for path in names] == before
-    assert check(files.host, files.disk, verify=True) == first
+    assert check_files(files) == first

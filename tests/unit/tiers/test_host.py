@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from kvserver.tiers import syscalls
 from kvserver.tiers.entry import InvalidEntry, ReservedEntry, ValidEntry
 from kvserver.tiers.errors import DirectoryBusy
 from kvserver.tiers.host import ARENA_NAME, FRESH_NAME, HostArena, data_bytes_within
+from kvserver.tiers.words import SealedRecords
 
 BUDGET = 8 << 20
 TAG, KEY, PARENT = b"t" * 16, b"k" * 32, b"p" * 32
@@ -113,8 +115,10 @@ def test_a_grown_arena_that_does_not_fit_keeps_the_old_one(shm_dir: Path) -> Non
     header = ArenaHeader.decode((shm_dir / ARENA_NAME).read_bytes()[:128])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_module, "_free_bytes", lambda directory: 0)
+        descriptors = len(os.listdir("/proc/self/fd"))
         with pytest.raises(FieldError, match="host_bytes"):
             HostArena.open(shm_dir, 2 * BUDGET)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
     again = HostArena.open(shm_dir, BUDGET)
     assert again.arena_id == header.arena_id
     assert again.scan()[0] == [block(0)]
@@ -266,6 +270,61 @@ def test_a_reservation_beyond_the_end_is_back_when_the_arena_grows(shm_dir: Path
     ]
     assert arena.scan() == ([], beyond, 0)
     arena.close()
+
+
+def test_generations_do_not_fall_when_an_arena_shrinks_and_grows(shm_dir: Path) -> None:
+    arena = HostArena.open(shm_dir, BUDGET)
+    end = arena.data_bytes - UNIT
+    arena.write_invalid(end, 50)
+    arena = reopen(arena, BUDGET // 2)
+    arena = reopen(reopen(arena))
+    assert arena.generation_max == 50
+    assert arena.read_entry(end) == InvalidEntry(end, 0, False)
+    arena.close()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("budget", [BUDGET // 2, 2 * BUDGET])
+def test_a_kill_in_a_resize_loses_nothing_that_fits(
+    shm_dir: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Stopped before each store to the header, then opened with either size."""
+    kept = block(0, generation=2)
+    real = SealedRecords.store
+    for steps in itertools.count():
+        for following in (budget, BUDGET):
+            arena = HostArena.open(shm_dir, BUDGET, keep=False)
+            arena.write_valid(*kept)
+            arena.write_valid(*block(arena.data_bytes - UNIT, generation=50))
+            arena.close()
+            left = [steps]
+
+            def store(self: SealedRecords, *args: int, left: list[int] = left) -> None:
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+                real(self, *args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(SealedRecords, "store", store)
+                try:
+                    HostArena.open(shm_dir, budget).close()
+                except Killed:
+                    ended = False
+                else:
+                    ended = True
+            arena = HostArena.open(shm_dir, following)
+            assert arena.warm
+            assert arena.scan()[0][0] == kept
+            assert arena.generation_max == 50
+            assert arena.data_bytes == data_bytes_within(following)
+            arena.close()
+        if ended:
+            assert steps > 6
+            return
 
 
 def test_growth_beyond_the_tables_room_starts_cold(

@@ -1,0 +1,39 @@
+"""One server for all tests of a module that leave it alone, and ways to watch it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from kvclient import AsyncClient
+from kvproto.v1 import kvserver_pb2 as pb
+from tests.support.server import ServerProcess, start_server
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with 96 MiB of host memory and no disk, shared by a module's tests."""
+    server = start_server(tmp_path_factory.mktemp("hub"), host_bytes="96MiB")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def client(hub: ServerProcess) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient.connect(hub.address, name="contract") as client:
+        yield client
+
+
+def host_tier(server: ServerProcess) -> pb.TierStats:
+    (tier,) = (tier for tier in server.stats().tiers if tier.tier == pb.TIER_HOST)
+    return tier
+
+
+def eventually(true: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    """Wait until `true()`; the test fails when that takes longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)

@@ -1,0 +1,213 @@
+"""Two prefill and two decode engines meet at one hub: XpYd, layer by layer, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvclient import Client
+from kvproto.namespace import NamespaceSpec
+from kvproto.prefix import ROOT, prefix_hashes
+from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.kv_oracle import (
+    answer_complaints,
+    cells,
+    page_complaints,
+    wait_pushed,
+)
+from tests.support.server import ServerProcess, start_server
+from tests.support.tiny_models import MEDIUM, prompt, write_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+BLOCK = 128
+TOKENS = 16
+LENGTHS = (100, 230, 300, 420, 512, 650, 777, 900)
+PROMPTS = [prompt(seed, length, MEDIUM) for seed, length in enumerate(LENGTHS)]
+LOOKUP_MS = 2000  # four engines share two cores here
+
+
+@dataclass
+class Cluster:
+    server: ServerProcess
+    prefill: list[Engine]
+    decode: list[Engine]
+    prefill_log: Path
+    decode_log: Path
+    baseline: list[Generated]
+    seconds: list[float]
+
+    def pulled_for(self, block_hashes: list[bytes]) -> list[dict[str, Any]]:
+        names = {digest.hex() for digest in block_hashes}
+        events = read_events(self.decode_log)
+        return [e for e in events if e["event"] == "pulled" and e["hash"] in names]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), MEDIUM)
+
+
+@pytest.fixture(scope="module")
+def baseline(model: Path) -> list[Generated]:
+    """The answers of an engine that never heard of a hub."""
+    with Engine.start(model) as engine:
+        return [engine.generate(tokens, tokens=TOKENS) for tokens in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    model: Path, baseline: list[Generated], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    path = tmp_path_factory.mktemp("cluster")
+    engines: list[Engine] = []
+    with start_server(path, host_bytes="256MiB") as server:
+        try:
+            for name, role in [("p", "kv_producer"), ("d", "kv_consumer")] * 2:
+                config = hub_config(
+                    server.address,
+                    role=role,
+                    event_log=path / f"{name}.jsonl",
+                    lookup_ms=LOOKUP_MS,
+                    pin_ms=5000,
+                )
+                engines.append(Engine.launch(model, config=config))
+            for engine in engines:
+                engine.wait_ready()
+            yield Cluster(
+                server,
+                engines[0::2],
+                engines[1::2],
+                path / "p.jsonl",
+                path / "d.jsonl",
+                baseline,
+                [],
+            )
+        finally:
+            for engine in engines:
+                engine.close()
+
+
+@pytest.fixture(scope="module")
+def answers(cluster: Cluster) -> list[Generated]:
+    """Each prompt prefilled on one of the two and decoded on one of the two, all four pairs."""
+    blocks = 0
+    for number, tokens in enumerate(PROMPTS):
+        cluster.prefill[number % 2].generate(tokens, tokens=1)
+        blocks += len(tokens) // BLOCK
+    wait_pushed(cluster.prefill_log, blocks)
+    return [
+        cluster.decode[number // 2 % 2].generate(tokens, tokens=TOKENS)
+        for number, tokens in enumerate(PROMPTS)
+    ]
+
+
+def test_answers_are_those_of_an_engine_without_a_hub(
+    cluster: Cluster, answers: list[Generated]
+) -> None:
+    for length, got, want in zip(LENGTHS, answers, cluster.baseline, strict=True):
+        assert answer_complaints(got, want) == [], f"prompt of {length} tokens"
+
+
+def test_pulled_pages_are_the_pushed_ones_byte_for_byte(
+    cluster: Cluster, answers: list[Generated]
+) -> None:
+    pushed = cells(read_events(cluster.prefill_log), "pushed")
+    pulled = cells(read_events(cluster.decode_log), "pulled")
+    want = sum(length // BLOCK for length in LENGTHS) * MEDIUM.kv_heads
+    assert len(pushed) == len(pulled) == len(set(pushed.values())) == want
+    assert page_complaints(pushed, pulled) == []
+
+
+def test_a_decode_engine_computes_at_most_one_unfinished_block(
+    cluster: Cluster, answers: list[Generated]
+) -> None:
+    for tokens, got in zip(PROMPTS, answers, strict=True):
+        full = len(tokens) // BLOCK
+        hashes = prefix_hashes(tokens, BLOCK)
+        assert len({e["hash"] for e in cluster.pulled_for(hashes)}) == full
+        assert len(tokens) - got.cached <= BLOCK
+        assert got.cached >= full * BLOCK - 1
+    assert [e for e in read_events(cluster.decode_log) if e["event"] == "failed_block"] == []
+
+
+def test_the_first_layer_is_at_the_hub_before_the_last_is_computed(
+    cluster: Cluster, answers: list[Generated]
+) -> None:
+    events = read_events(cluster.prefill_log)
+    largest = max((e for e in events if e["event"] == "push_done"), key=lambda e: e["blocks"])
+    mine = [e for e in events if (e["pid"], e.get("rank")) == (largest["pid"], 0)]
+    first = next(e for e in mine if e["event"] == "commit" and e["job"] == largest["job"])
+    last = next(
+        e
+        for e in mine
+        if e["event"] == "save_layer"
+        and largest["job"] in e["jobs"]
+        and e["layer"] == MEDIUM.layers - 1
+    )
+    assert first["layers"][0] == 0
+    assert first["t"] < last["t"]
+    commits = [e for e in mine if e["event"] == "commit" and e["job"] == largest["job"]]
+    stretches = [e["layers"] for e in commits]
+    assert [a[1] for a, _ in pairwise(stretches)] == [b[0] for _, b in pairwise(stretches)]
+    assert (stretches[0][0], stretches[-1][1]) == (0, MEDIUM.layers)
+    assert len(stretches) >= 3
+
+
+def test_saving_a_layer_only_enqueues(cluster: Cluster, answers: list[Generated]) -> None:
+    """Prompts that nobody has seen are prefilled in about the time that the baseline takes."""
+    events = read_events(cluster.prefill_log)
+    jobs = {(e["pid"], j) for e in events if e["event"] == "save_layer" for j in e["jobs"]}
+    assert len(jobs) == len([length for length in LENGTHS if length >= BLOCK])
+    dropped = [e for e in events if e["event"] == "commit" and e["lost"]]
+    assert dropped == []
+
+
+def test_the_oracle_sees_one_corrupted_page(cluster: Cluster, answers: list[Generated]) -> None:
+    """Negative control: a page altered behind the checksums, as only a wrong writer could."""
+    number = LENGTHS.index(512)
+    hashes = prefix_hashes(PROMPTS[number], BLOCK)
+    with Client.connect(cluster.server.address) as client:
+        namespace = client.open_namespace(the_spec(client))
+        grid = namespace.grid
+        shape = (len(hashes), grid.layers, grid.heads, grid.cell_bytes())
+        data = np.zeros(shape, np.uint8)
+        assert namespace.pull(hashes, data).found.all()
+        client.evict(namespace.id, hashes)
+        page = data[1, 2, 1, grid.page_bytes : 2 * grid.page_bytes].view(np.float32)
+        page += 1.0
+        result = namespace.push(hashes, data, parents=[ROOT, *hashes[:-1]])
+        assert result.written == len(hashes)
+    engine = cluster.decode[1 - number // 2 % 2]
+    got = engine.generate(PROMPTS[number], tokens=TOKENS)
+    pushed = cells(read_events(cluster.prefill_log), "pushed")
+    pulled = cells(cluster.pulled_for(hashes), "pulled")
+    assert len(page_complaints(pushed, pulled)) == 1
+    assert answer_complaints(got, cluster.baseline[number]) != []
+
+
+def the_spec(client: Client) -> NamespaceSpec:
+    """The one namespace of this hub, as its own answer tells it."""
+    (known,) = client.list_namespaces()
+    spec = known.spec
+    return NamespaceSpec(
+        model=spec.model,
+        weights=spec.weights,
+        adapter=spec.adapter,
+        kv_dtype=spec.kv_dtype,
+        encoding=spec.encoding,
+        block_tokens=spec.block_tokens,
+        page_tokens=spec.page_tokens,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        page_bytes=spec.page_bytes,
+        tenant=spec.tenant,
+        attributes=dict(spec.attributes),
+    )

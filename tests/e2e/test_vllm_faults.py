@@ -1,0 +1,146 @@
+"""The hub goes away in every way it can; the engine serves on and finds it again by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.kv_oracle import answer_complaints, cells, wait_for, wait_pushed
+from tests.support.server import ServerProcess, start_server
+from tests.support.tiny_models import TINY, prompt, write_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+BLOCK, TOKENS = 128, 12
+PROMPT = prompt(31, 640)
+BLOCKS = len(PROMPT) // BLOCK
+STOPPED_S = 20.0
+LOOKUP_MS = 500
+
+
+@dataclass
+class World:
+    engine: Engine
+    server: ServerProcess
+    log: Path
+    baseline: Generated
+
+    def answer(self, tokens: int = TOKENS) -> Generated:
+        """The prompt again, with nothing of it left in the engine's own cache."""
+        self.engine.idle(0.3)
+        assert self.engine.reset_prefix_cache()
+        return self.engine.generate(PROMPT, tokens=tokens)
+
+    def pulled(self) -> int:
+        return sum(event["event"] == "pulled" for event in read_events(self.log))
+
+    def hit(self) -> bool:
+        before = self.pulled()
+        got = self.answer()
+        assert answer_complaints(got, self.baseline) == []
+        return self.pulled() == before + BLOCKS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An engine whose hub has not been started yet."""
+    path = tmp_path_factory.mktemp("faults")
+    model = write_model(path / "model", TINY)
+    server = start_server(path, host_bytes="128MiB")
+    try:
+        server.kill()
+        config = hub_config(
+            server.address, event_log=path / "log.jsonl", lookup_ms=LOOKUP_MS, pin_ms=2000
+        )
+        with Engine.start(model, config=config) as engine:
+            engine.generate(prompt(99, 300), tokens=2)
+            baseline = engine.generate(PROMPT, tokens=TOKENS)
+            yield World(engine, server, path / "log.jsonl", baseline)
+    finally:
+        server.close()
+
+
+def test_1_an_engine_starts_and_serves_without_its_hub(world: World) -> None:
+    assert len(world.baseline.tokens) == TOKENS
+    assert cells(read_events(world.log), "pushed") == {}
+    assert answer_complaints(world.answer(), world.baseline) == []
+
+
+def test_2_hits_begin_within_seconds_of_the_hubs_start(world: World) -> None:
+    world.server.restart()
+    started = time.monotonic()
+
+    def pushed() -> bool:
+        world.answer()
+        return bool(cells(read_events(world.log), "pushed"))
+
+    wait_for("a push", pushed, 5.0)
+    wait_pushed(world.log, BLOCKS)
+    assert world.hit()
+    assert time.monotonic() - started < 10
+
+
+def test_3_a_killed_hub_costs_nothing_but_its_hits(world: World) -> None:
+    call = world.engine.begin([PROMPT], tokens=200)
+    time.sleep(0.1)
+    world.server.kill()
+    (got,) = world.engine.finish(call)
+    assert len(got.tokens) == 200
+    assert got.tokens[:TOKENS] == world.baseline.tokens
+    began = time.monotonic()
+    assert answer_complaints(world.answer(), world.baseline) == []
+    assert time.monotonic() - began < 5
+
+
+def test_4_hits_resume_within_five_seconds_of_the_restart(world: World) -> None:
+    """The host tier came back warm: what was pushed before the kill is there."""
+    world.server.restart()
+    wait_for("a hit", world.hit, 5.0)
+
+
+def test_5_a_stopped_hub_holds_no_request_up(world: World) -> None:
+    world.server.stop_signal()
+    try:
+        stopped = time.monotonic()
+        slowest = 0.0
+        while time.monotonic() - stopped < STOPPED_S:
+            got = world.answer()
+            assert answer_complaints(got, world.baseline) == []
+            slowest = max(slowest, got.ttft_s)
+            time.sleep(0.5)
+        # The first one waits for its lookup; none waits for the hub.
+        assert slowest < LOOKUP_MS / 1e3 + 2.0
+    finally:
+        world.server.cont()
+    wait_for("a hit", world.hit, 5.0)
+
+
+def test_6_aborted_requests_leave_nothing_behind(world: World) -> None:
+    for after_s in (0.0, 0.005, 0.02, 0.1):
+        world.engine.idle(0.2)
+        assert world.engine.reset_prefix_cache()
+        world.engine.abort_during(PROMPT, tokens=50, after_s=after_s)
+    wait_for("a hit", world.hit, 10.0)
+
+
+def test_7_equal_prompts_at_once_load_once(world: World) -> None:
+    world.engine.idle(0.3)
+    assert world.engine.reset_prefix_cache()
+    before = world.pulled()
+    for got in world.engine.generate_many([PROMPT] * 4, tokens=TOKENS):
+        assert got.tokens == world.baseline.tokens
+    assert world.pulled() == before + BLOCKS
+
+
+def test_8_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
+    world.engine.idle(0.3)
+    assert world.engine.reset_prefix_cache(connector=True)
+    before = world.pulled()
+    assert answer_complaints(world.engine.generate(PROMPT, tokens=TOKENS), world.baseline) == []
+    assert world.pulled() == before

@@ -1,0 +1,102 @@
+"""Tensor-parallel ranks are head regions: TP=1 and TP=2 engines share, each moving its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.kv_oracle import answer_complaints, cells, page_complaints, wait_pushed
+from tests.support.server import start_server
+from tests.support.tiny_models import TINY, prompt, write_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+BLOCK, TOKENS = 128, 12
+ONE, OTHER = prompt(11, 700), prompt(12, 500)
+BLOCK_BYTES = BLOCK * TINY.kv_bytes_per_token
+
+
+@dataclass
+class Pair:
+    single: Engine
+    double: Engine
+    single_log: Path
+    double_log: Path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    path = tmp_path_factory.mktemp("parallel")
+    model = write_model(path / "model", TINY)
+    engines: list[Engine] = []
+    with start_server(path, host_bytes="128MiB") as server:
+        try:
+            for size in (1, 2):
+                config = hub_config(
+                    server.address,
+                    event_log=path / f"tp{size}.jsonl",
+                    lookup_ms=2000,
+                    pin_ms=5000,
+                )
+                engines.append(Engine.launch(model, config=config, tensor_parallel=size))
+            for engine in engines:
+                engine.wait_ready()
+            yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")
+        finally:
+            for engine in engines:
+                engine.close()
+
+
+def ranks_of(events: list[dict[str, Any]], kind: str, request: str) -> dict[int, list[Any]]:
+    """Events by rank, of the requests whose id starts with the engine's name for it."""
+    found: dict[int, list[Any]] = {}
+    for event in events:
+        if event["event"] == kind and event["request"].startswith(request):
+            found.setdefault(event["rank"], []).append(event)
+    return found
+
+
+def check(
+    computed: Generated, decoded: Generated, source: Path, target: Path, tokens: list[int]
+) -> None:
+    full = len(tokens) // BLOCK
+    assert answer_complaints(decoded, computed) == []
+    assert decoded.cached >= full * BLOCK - 1
+    pushed, pulled = cells(read_events(source), "pushed"), cells(read_events(target), "pulled")
+    assert len(pulled) == full * TINY.kv_heads
+    assert page_complaints(pushed, pulled) == []
+
+
+def test_what_one_rank_pushed_two_ranks_pull_each_its_own_heads(pair: Pair) -> None:
+    computed = pair.single.generate(ONE, tokens=TOKENS)
+    wait_pushed(pair.single_log, len(ONE) // BLOCK)
+    decoded = pair.double.generate(ONE, tokens=TOKENS)
+    check(computed, decoded, pair.single_log, pair.double_log, ONE)
+    ranks = ranks_of(read_events(pair.double_log), "pulled", "")
+    assert sorted(ranks) == [0, 1]
+    for rank, events in ranks.items():
+        assert {tuple(e["heads"]) for e in events} == {(rank, rank + 1)}
+        assert {e["bytes"] for e in events} == {BLOCK_BYTES // 2}
+        assert len(events) == len(ONE) // BLOCK
+
+
+def test_what_two_ranks_pushed_one_rank_pulls_whole(pair: Pair) -> None:
+    before = len(cells(read_events(pair.single_log), "pulled"))
+    assert before == 0
+    computed = pair.double.generate(OTHER, tokens=TOKENS)
+    wait_pushed(pair.double_log, len(OTHER) // BLOCK)
+    decoded = pair.single.generate(OTHER, tokens=TOKENS)
+    check(computed, decoded, pair.double_log, pair.single_log, OTHER)
+    pushed = ranks_of(read_events(pair.double_log), "pushed", "")
+    for rank, events in pushed.items():
+        assert {tuple(e["heads"]) for e in events} == {(rank, rank + 1)}
+        assert {e["bytes"] for e in events} == {BLOCK_BYTES // 2}
+    (pulled,) = ranks_of(read_events(pair.single_log), "pulled", "").values()
+    assert {tuple(e["heads"]) for e in pulled} == {(0, 2)}
+    assert {e["bytes"] for e in pulled} == {BLOCK_BYTES}

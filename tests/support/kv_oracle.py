@@ -1,0 +1,74 @@
+"""What must hold when an engine decodes from KV that another computed; empty lists say it does.
+
+The oracle looks at three things that a wrong byte cannot all escape: hashes of the pages as they
+stood in the two engines' own memory (event logs), the tokens, and the log-probabilities against an
+engine that never saw a hub.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.engines import Generated, read_events
+
+LOGPROB_TOLERANCE = 1e-4
+DISTINCT_TOKENS_MIN = 6
+
+Cells = dict[tuple[str, int], str]
+
+
+def cells(events: Iterable[Mapping[str, Any]], kind: str) -> Cells:
+    """{(block hash, global head): hash over all layers} of the `pushed` or `pulled` events."""
+    found: Cells = {}
+    for event in events:
+        if event["event"] == kind:
+            for offset, value in enumerate(event["cells"]):
+                found[event["hash"], event["heads"][0] + offset] = value
+    return found
+
+
+def page_complaints(pushed: Cells, pulled: Cells) -> list[str]:
+    """Pulled pages that differ from the pushed ones, or were pushed by nobody."""
+    return [
+        f"block {key[0][:12]} head {key[1]}: pulled {value}, pushed {pushed.get(key)}"
+        for key, value in pulled.items()
+        if pushed.get(key) != value
+    ]
+
+
+def answer_complaints(got: Generated, want: Generated) -> list[str]:
+    """Differences of tokens and log-probabilities; too few distinct tokens prove nothing."""
+    complaints = []
+    if got.tokens != want.tokens:
+        complaints.append(f"tokens {got.tokens}, want {want.tokens}")
+    if len(set(want.tokens)) < DISTINCT_TOKENS_MIN:
+        complaints.append(f"only {len(set(want.tokens))} distinct tokens: {want.tokens}")
+    for step, (one, other) in enumerate(zip(got.logprobs, want.logprobs, strict=False)):
+        worst = max((abs(one[t] - other[t]) for t in one.keys() & other.keys()), default=1.0)
+        if worst > LOGPROB_TOLERANCE:
+            complaints.append(f"step {step}: log-probabilities differ by {worst:.2e}")
+    return complaints
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Poll until `condition` holds; AssertionError after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
+    """Wait until the event log tells of `blocks` blocks pushed by each of its ranks."""
+
+    def done() -> bool:
+        by_rank: dict[int, int] = {}
+        for event in read_events(log):
+            if event["event"] == "push_done":
+                by_rank[event["rank"]] = by_rank.get(event["rank"], 0) + event["blocks"]
+        return bool(by_rank) and min(by_rank.values()) >= blocks
+
+    wait_for(f"{blocks} blocks pushed ({log})", done, timeout_s)
