@@ -60,10 +60,12 @@ def measure_lookup(*, rounds: int, progress: Progress) -> LookupFigure:
         start_server(Path(scratch), host_bytes=_host_bytes(LOOKUP_KEYS)) as server,
         Fleet(1) as fleet,
     ):
-        fleet.one("connect", address=server.address, spec=spec, sources=64, targets=1, seed=1)
+        fleet.one(
+            "connect", address=server.address, spec=spec.canonical, sources=64, targets=1, seed=1
+        )
         keys = fleet.one("publish", count=LOOKUP_KEYS, batch=LOOKUP_KEYS)
         looked_up, empty = fleet.one(
-            "lookups", address=server.address, spec=spec, keys=keys, rounds=rounds
+            "lookups", address=server.address, spec=spec.canonical, keys=keys, rounds=rounds
         )
     ratio = statistics.median(a / b for a, b in zip(looked_up, empty, strict=True))
     return LookupFigure(
@@ -85,7 +87,9 @@ def measure_restart(*, blocks: int, progress: Progress) -> RestartFigure:
         start_server(Path(scratch), host_bytes=_host_bytes(blocks)) as server,
         Fleet(1) as fleet,
     ):
-        fleet.one("connect", address=server.address, spec=spec, sources=64, targets=1, seed=1)
+        fleet.one(
+            "connect", address=server.address, spec=spec.canonical, sources=64, targets=1, seed=1
+        )
         keys = fleet.one("publish", count=blocks, batch=LOOKUP_KEYS)
         progress("restart: SIGKILL")
         killed = time.monotonic()

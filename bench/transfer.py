@@ -125,7 +125,7 @@ def _measure(
         fleet.all(
             "connect",
             address=server.address,
-            spec=plan.spec,
+            spec=plan.spec.canonical,
             sources=sources,
             targets=targets,
             seed=_SEED,

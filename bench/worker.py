@@ -54,11 +54,10 @@ class Worker:
         self._client: Client | None = None
         self._known: list[bytes] = []
 
-    def connect(
-        self, *, address: str, spec: NamespaceSpec, sources: int, targets: int, seed: int
-    ) -> None:
-        """Open the namespace and make resident buffers of so many blocks."""
-        grid = spec.grid
+    def connect(self, *, address: str, spec: bytes, sources: int, targets: int, seed: int) -> None:
+        """Open the namespace (`spec`: its canonical encoding) and make resident buffers."""
+        namespace = NamespaceSpec.decode(spec)
+        grid = namespace.grid
         shape = (grid.layers, grid.heads, grid.cell_bytes())
         size = grid.payload_bytes()
         self._rng = np.random.default_rng()
@@ -74,7 +73,7 @@ class Worker:
         self._targets: list[Bytes] = list(targets_whole)
         self._block_bytes = size
         self._client = Client.connect(address, name="bench", deadline_s=DEADLINE_SECONDS)
-        self._namespace = self._client.open_namespace(spec)
+        self._namespace = self._client.open_namespace(namespace)
 
     def close(self) -> None:
         client, self._client = self._client, None
@@ -150,10 +149,10 @@ class Worker:
     # ---- control plane -------------------------------------------------------------------------
 
     def lookups(
-        self, *, address: str, spec: NamespaceSpec, keys: list[bytes], rounds: int
+        self, *, address: str, spec: bytes, keys: list[bytes], rounds: int
     ) -> tuple[list[float], list[float]]:
         """Seconds of each lookup of all keys, and of each empty call, taken in turns."""
-        return asyncio.run(_lookups(address, spec, keys, rounds))
+        return asyncio.run(_lookups(address, NamespaceSpec.decode(spec), keys, rounds))
 
     def first_answer(self, *, keys: list[bytes], deadline: float) -> tuple[float, float]:
         """Try until a lookup finds all keys and a pull brings the first: instants of both.

@@ -189,7 +189,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 def _call(parsed: argparse.Namespace, method: str, request: Any) -> Any:
     with grpc.insecure_channel(parsed.address) as channel:
-        stub = kvserver_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        stub = kvserver_pb2_grpc.AdminStub(channel)
         try:
             return getattr(stub, method)(request, timeout=parsed.timeout_s)
         except grpc.RpcError as error:

@@ -30,6 +30,7 @@ from grpc_reflection.v1alpha import reflection
 
 import kvserver
 from kvproto.errors import FieldError
+from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.config import Settings
@@ -134,10 +135,9 @@ class Server:
         disk = self._open_disk()
         self._build(disk)
         failpoints.hit("start.before_restore")
-        found = self._recover(disk)
-        self._log_recovery(found)
+        specs = self._recover(disk)
         failpoints.hit("start.before_ready")
-        await self._start_transports()
+        await self._start_node(specs)
         metrics_listen = self._start_metrics()
         self._add_services(grpc_server)
         self.node.start()
@@ -244,8 +244,8 @@ class Server:
         logs.event(log, "disk_down", logging.ERROR, reason=reason)
         self.driver.post(TierDown(Tier.DISK, reason))
 
-    def _recover(self, disk: tuple[DiskFile, Directory] | None) -> recovery.Recovered:
-        found = recovery.Recovered()
+    def _recover(self, disk: tuple[DiskFile, Directory] | None) -> list[NamespaceSpec]:
+        started, found = time.monotonic(), recovery.Recovered()
         canonicals = list(self.names.canonicals)
         if disk is not None:
             canonicals += disk[1].namespaces().values()
@@ -258,22 +258,12 @@ class Server:
             found.drop("record of another slot file", journal.foreign)
             self.disk.restored([record.offset for record in records], specs)
             recovery.restore_disk(records, self.driver.tell, found)
-        self.node = Node(
-            self.driver,
-            host=self.host,
-            mover=self.mover,
-            liveness=self.liveness,
-            names=self.names,
-            specs=specs,
-            log=logs.get_logger("node"),
-        )
-        return found
-
-    def _log_recovery(self, found: recovery.Recovered) -> None:
+        found.seconds = round(time.monotonic() - started, 3)
         level = logging.WARNING if found.dropped else logging.INFO
         logs.event(log, "recovered", level, **dataclasses.asdict(found))
+        return specs
 
-    async def _start_transports(self) -> None:
+    async def _start_node(self, specs: list[NamespaceSpec]) -> None:
         shm = ShmServer(
             Path(self.settings.host_dir) / SOCKET_NAME,
             arena=self.host,
@@ -284,6 +274,18 @@ class Server:
         await shm.start()
         self._parts.push_async_callback(shm.close)
         self._shm = shm
+        self.node = Node(
+            self.driver,
+            host=self.host,
+            mover=self.mover,
+            disk=self.disk,
+            shm=shm,
+            liveness=self.liveness,
+            names=self.names,
+            specs=specs,
+            report=self.incidents.report,
+            log=logs.get_logger("node"),
+        )
 
     def _authorise_shm(self, session: int, client: int, token: bytes) -> bool:
         if not self.node.sessions.authorise(session, client, token):
@@ -331,8 +333,8 @@ class Server:
             drain_ms_max=DRAIN_MS_MAX,
             **base,
         )
-        kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)  # type: ignore[no-untyped-call]
-        kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
+        kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)
+        kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
 

@@ -109,7 +109,10 @@ class CloseClient:
 
 @dataclass(frozen=True, slots=True)
 class CloseSession:
-    """Ends a session and its clients; without `drained` their slots are quarantined. Answer: None."""
+    """Ends a session and its clients; without `drained` their slots are quarantined.
+
+    Answer: None.
+    """
 
     ticket: int
     session: int
@@ -266,7 +269,10 @@ class ReportCorrupt:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Drops unleased blocks of one namespace from all tiers; empty `hashes`: all. Answer: Evicted."""
+    """Drops unleased blocks of one namespace from all tiers; empty `hashes`: all.
+
+    Answer: Evicted.
+    """
 
     ticket: int
     namespace_id: bytes
@@ -348,7 +354,7 @@ class Stalled:
 
 @dataclass(frozen=True, slots=True)
 class RestoreNamespace:
-    """A namespace known from disk or arena. No Answer; the handle is given by `Hub.namespace_of`."""
+    """A namespace known from disk or arena. No Answer; `Hub.namespace_of` gives the handle."""
 
     spec: NamespaceSpec
 

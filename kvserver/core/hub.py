@@ -10,7 +10,7 @@ must not be used any further.
 
 Who decides what: `writing` reservations and commits; `reading` lookups and leases; `streams`
 Acquire; `spills`, `fetches`, `verifies` the copies between tiers; `space` where a slot comes from;
-`eviction` what leaves; `sessions` who is there; `recovery` what a restart finds. They share `books`.
+`eviction` what leaves; `sessions` who is there; `recovery` what a restart finds; all share `books`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from kvserver.core.events import (
     EntryInvalid,
     Place,
     RestoreBlocks,
-    RestoreDone,
     RestoredBlock,
+    RestoreDone,
     RestoreNamespace,
     RestoreQuarantined,
     Tier,
@@ -58,7 +58,7 @@ class Recovery:
         self._fenced: list[RestoreQuarantined] = []
 
     def namespace(self, event: RestoreNamespace) -> None:
-        """One that today's host tier or limits cannot take stays unknown; its blocks are dropped."""
+        """One that today's tiers or limits cannot take stays unknown; its blocks are dropped."""
         try:
             self._sessions.add_namespace(event.spec)
         except CoreError:
@@ -76,8 +76,9 @@ class Recovery:
         fenced: list[RestoreQuarantined] = []
         if tier == HOST:
             fenced, self._fenced = self._fenced, []
-        last = max((item.generation for item in [*found, *fenced]), default=0)
-        table.generation_last = max(table.generation_last, event.generation, last)
+        generations = [block.generation for block in found]
+        generations += [extent.generation for extent in fenced]
+        table.generation_last = max(table.generation_last, event.generation, *generations)
         kept = self._merge_fenced(table, fenced)
         dropped: list[_Found] = []
         for block in self._distinct(found, dropped):

@@ -128,8 +128,8 @@ class SlabMap:
     def windows(self, slot_bytes: int) -> list[tuple[int, int, list[Slab]]]:
         """Shortest runs of neighbours that would hold one slot of a class once emptied.
 
-        Each is (the sum of its slabs' prices, bytes in it, its slabs). Slabs of the class itself, and those
-        that are closing already, stand in no window. Costs O(slabs).
+        Each is (the sum of its slabs' prices, bytes in it, its slabs). Slabs of the class itself,
+        and those that are closing already, stand in no window. Costs O(slabs).
         """
         extents: list[tuple[int, int, Slab | None]] = [
             (start, min(stop, self.ready), None) for start, stop in self._runs if start < self.ready

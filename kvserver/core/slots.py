@@ -224,7 +224,7 @@ class SlotTable(Columns):
         """Recovery took slots of a slab: its free ones are those that still are FREE."""
         slab.free = [slot for slot in reversed(slab.slots) if self.state[slot] == FREE]
         if not slab.free:
-            self._open[slab.slot_bytes].pop(slab.start, None)
+            self._open.get(slab.slot_bytes, {}).pop(slab.start, None)
 
     def _offer(self, slab: Slab) -> None:
         if slab.free and slab.stop <= self.map.ready:

@@ -48,7 +48,7 @@ class Timers:
         self._deadline.pop(ident << 3 | kind, None)
 
     def pop_due(self, now: float) -> tuple[Kind, int] | None:
-        """The earliest key whose deadline is not after `now`, taken out; None when there is none."""
+        """Take out the earliest key whose deadline is not after `now`; None when there is none."""
         heap = self._heap
         while heap and heap[0][0] <= now:
             at, key = heappop(heap)

@@ -309,9 +309,8 @@ class Writing:
             self._books.answer(event.ticket, CommitResult(gone, 0))
             return
         namespace = self._books.namespaces.get(reservation.namespace)
-        if namespace is None:
-            mask = -1  # dropped: every block is gone, whatever its cells were
-        else:
+        mask = -1  # of a dropped namespace: every block is gone, whatever its cells were
+        if namespace is not None:
             mask = namespace.mask(namespace.grid.check(event.region))
         self._check_commit(event, reservation, mask)
         verdicts, completed, durable = [], 0, set()

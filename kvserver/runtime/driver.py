@@ -50,6 +50,7 @@ from kvserver.core.events import (
 )
 from kvserver.core.hub import Hub
 from kvserver.core.limits import HubConfig
+from kvserver.core.stats import HubStats
 from kvserver.runtime import failpoints
 from kvserver.runtime.entries import HostEntries
 from kvserver.tiers.host import HostArena
@@ -129,6 +130,9 @@ class Driver:
 
     def ticket(self) -> int:
         return next(self._tickets)
+
+    def stats(self) -> HubStats:
+        return self.hub.stats(self._clock())
 
     async def ask(self, event: Any, kind: type[Result]) -> Result:
         """The Answer to a request, checked to be a `kind`. Raises the core's refusal."""

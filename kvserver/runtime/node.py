@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from kvproto.namespace import NamespaceSpec
 from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.slabs import slot_bytes_max
+from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.tiers.names import NamespaceLog
+from kvserver.transfer.shm import ShmServer
 
-SWEEP_S = 1.0
+SWEEP_S = 2.0
 NEAR_MISSES_MAX = 16  # told of one namespace
 
 
@@ -35,9 +37,12 @@ class Node:
         *,
         host: HostArena,
         mover: Mover,
+        disk: DiskTier | None,
+        shm: ShmServer,
         liveness: Liveness,
         names: NamespaceLog,
         specs: list[NamespaceSpec],
+        report: Callable[[str, BaseException], object],
         log: logging.Logger,
     ) -> None:
         self.driver = driver
@@ -47,12 +52,14 @@ class Node:
         self.draining = False
         self.bytes_granted = 0  # bytes of leased regions
         self.started = time.monotonic()
-        self.near_misses: dict[bytes, list[str]] = {}
-        self._host_bytes = host.data_bytes
         self._mover = mover
         self._liveness = liveness
         self._names = names
+        self._disk = disk
+        self._shm = shm
         self._specs = {spec.id: spec for spec in specs}
+        self._warned: set[bytes] = set()
+        self._report = report
         self._log = log
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -65,6 +72,42 @@ class Node:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self.driver.stop()
+
+    def counters(self) -> dict[str, int]:
+        """What the shell counts beside the core."""
+        disk = self._disk
+        return {
+            "bytes_host_in": self.driver.entries.bytes_committed,
+            "bytes_host_out": self.bytes_granted,
+            "bytes_disk_in": disk.bytes_written if disk else 0,
+            "bytes_disk_out": disk.bytes_read if disk else 0,
+            "stalls": self.driver.stalls,
+            "shm_granted": self._shm.granted,
+            "shm_refused": self._shm.refused,
+        }
+
+    async def _sweep(self) -> None:
+        """Forget ended sessions, and tell of clients that died without a word."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                alive = {session.session for session in self.driver.stats().sessions}
+                for session in self.sessions.keep_only(alive):
+                    self._log.info("session_ended", extra={"fields": {"session": session}})
+                self._bury_the_dead()
+            except Exception as error:
+                self._report("sweep", error)
+
+    def _bury_the_dead(self) -> None:
+        clients = {c: s for s in self.sessions.all() for c in s.clients}
+        for client in filter(self._liveness.is_dead, self._liveness.known()):
+            session = clients.get(client)
+            if session is not None:
+                session.clients.discard(client)
+                self._log.info("client_died", extra={"fields": {"client": client}})
+            # Also the core's word for one that left earlier: its quarantine is lifted.
+            self.driver.tell(events.ClientDead(client))
+            self._liveness.forget(client)
 
     # ---- sessions --------------------------------------------------------------------------
 
@@ -109,15 +152,18 @@ class Node:
         handle = await self.driver.ask(event, int)
         if spec.id not in self._specs:
             self._write_down(spec)
-        if spec.id not in self.near_misses:
-            self._find_near_misses(spec)
         session.namespaces[handle] = spec
-        return handle, self.near_misses[spec.id]
+        near = self.driver.hub.near_misses(handle)
+        if near and spec.id not in self._warned:
+            self._warned.add(spec.id)
+            fields = {"namespace": spec.id.hex()[:16], "model": spec.model, "near": near[:4]}
+            self._log.warning("near_miss_namespace", extra={"fields": fields})
+        return handle, near[:NEAR_MISSES_MAX]
 
     @property
     def slot_bytes_max(self) -> int:
         """The largest slot of the host tier."""
-        return slot_bytes_max(self._host_bytes)
+        return self.driver.hub.slot_bytes_max
 
     def slot_bytes(self, spec: NamespaceSpec) -> int:
         """The size class that a full block of a namespace takes."""
@@ -133,23 +179,11 @@ class Node:
         self._mover.add_namespace(spec)
         self._specs[spec.id] = spec
 
-    def _find_near_misses(self, spec: NamespaceSpec) -> None:
-        """ "Why no hits?": a namespace that differs in one field is logged and shown in stats."""
-        near = [
-            f"{differing[0]} differs from namespace {other.id.hex()[:16]} ({other.model})"
-            for other in self._specs.values()
-            if other.tenant == spec.tenant and len(differing := spec.differences(other)) == 1
-        ]
-        self.near_misses[spec.id] = near[:NEAR_MISSES_MAX]
-        if near:
-            fields = {"namespace": spec.id.hex()[:16], "model": spec.model, "near": near[:4]}
-            self._log.warning("near_miss_namespace", extra={"fields": fields})
-
     async def drop_namespace(self, namespace_id: bytes) -> events.Evicted:
         event = events.DropNamespace(self.driver.ticket(), namespace_id)
         evicted = await self.driver.ask(event, events.Evicted)
         self._specs.pop(namespace_id, None)
-        self.near_misses.pop(namespace_id, None)
+        self._warned.discard(namespace_id)
         self._names.rewrite(spec.canonical for spec in self._specs.values())
         return evicted
 

@@ -77,6 +77,9 @@ class Sessions:
             )
         return found
 
+    def all(self) -> list[Session]:
+        return list(self._by_id.values())
+
     def find(self, session: int) -> Session | None:
         return self._by_id.get(session)
 

@@ -199,6 +199,8 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         indices = convert.numbers_from(
             "indices", request.indices, "<u4", count_max=self._limits.keys_per_call_max
         ).tolist()
+        if len(set(indices)) != len(indices):
+            raise FieldError("indices", indices, "positions that differ from each other")
         region = convert.region_from(request.region)
         checksums = convert.numbers_from(
             "checksums", request.checksums, "<u8", count=len(indices) * region.cells

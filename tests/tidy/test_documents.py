@@ -108,7 +108,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_paths_in_the_documents_exist() -> None:
-    """`kvserver/core/hub.py` and `tests/x/test_y.py::test_z`: what stands in backquotes is there."""
+    """Files, folders and `file::test` in backquotes."""
     folders = "bench|client|constraints|docker|docs|kvserver|proto|scripts|tests|vllm_adapter"
     path_like = re.compile(rf"((?:{folders})/[\w./-]*[\w/])(?:::(\w+))?")
     absent = []
