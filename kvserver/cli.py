@@ -1,7 +1,7 @@
 """The command line: start a server, look into one, check or remove what one left behind.
 
 Exit statuses: 0 done, 1 the command found something bad or the server refused, 2 wrong usage or
-configuration, 3 the server cannot be reached.
+configuration, 3 the server cannot be reached, 70 a server found a bug of its own and stopped.
 
 Rule 1: a command that deletes names exactly one thing, and says what it removed.
 Rule 2: commands that talk to a server use the Admin service, never the server's files; `check` and
@@ -39,7 +39,8 @@ examples:
   kvserver check --host-dir /dev/shm/kvserver-50051 --disk-path /nvme/kv
 
 exit status: 0 done; 1 something bad was found or the server refused; 2 wrong usage or
-configuration; 3 the server cannot be reached.
+configuration; 3 the server cannot be reached; 70 a server found a bug of its own and stopped
+(start it again: its files are safe).
 """
 
 

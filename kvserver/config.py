@@ -128,10 +128,10 @@ def _path(name: str, value: object) -> str:
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
+    items = (value.split(",") if value else []) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
         raise ConfigError(name, value, "a list of names, separated by commas")
-    return tuple(item.strip() for item in items if item.strip())
+    return tuple(item.strip() for item in items)
 
 
 def _option(default: Any, help_text: str, parse: Parser, group: str) -> Any:
@@ -171,7 +171,7 @@ class Settings:
     shm_tenants: tuple[str, ...] = _option(
         ("*",),
         "tenants that may map the host arena, which shows them every tenant's blocks;"
-        " * is everybody",
+        " * is everybody, an empty name the default tenant",
         _names,
         _SERVING,
     )

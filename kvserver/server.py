@@ -67,6 +67,7 @@ SPILL_COPIES_MAX = 32  # in flight: what may share one sync
 SCRAPE_S = 2.0  # a scrape of /metrics waits this long for the loop
 DRAIN_MS_MAX = 600_000  # of an Admin.Drain call
 CLOSE_S = 15.0
+EXIT_BUG = 70  # the status of a process that found its own books wrong; it may be started again
 CALLS_GRACE_S = 0.5  # what calls have left to end after the drain
 SERVICES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values())
 log = logs.get_logger("server")
@@ -142,7 +143,7 @@ class Server:
         self._add_services(grpc_server)
         self.node.start()
         self._parts.push_async_callback(self.node.stop)
-        self._grow()
+        await self._grow()
         await grpc_server.start()
         self._parts.push_async_callback(grpc_server.stop, CALLS_GRACE_S)
         await self._set_health(serving=True)
@@ -191,8 +192,10 @@ class Server:
             mlock=settings.mlock,
         )
         self._parts.callback(self.host.close)
-        for note in (*self.host.notes, *filter(None, [self.host.cold_reason])):
-            logs.event(log, "host_note", note=note)
+        for note in self.host.notes:
+            logs.event(log, "host_note", logging.WARNING, note=note)
+        if self.host.cold_reason:
+            logs.event(log, "host_cold", reason=self.host.cold_reason)
         self.names = NamespaceLog.open(directory)
         self._parts.callback(self.names.close)
         self.liveness = Liveness(directory)
@@ -207,8 +210,10 @@ class Server:
         self._parts.callback(lock.release)
         file = DiskFile.open(directory / SLOTS_NAME, settings.disk_bytes)
         journal = Directory.open(directory / JOURNAL_NAME, file_id=file.file_id)
-        for note in (*file.notes, *journal.notes, *filter(None, [file.cold_reason])):
+        for note in (*file.notes, *journal.notes):
             logs.event(log, "disk_note", logging.WARNING, note=note)
+        if file.cold_reason:
+            logs.event(log, "disk_cold", reason=file.cold_reason)
         return file, journal
 
     def _build(self, disk: tuple[DiskFile, Directory] | None) -> None:
@@ -220,7 +225,7 @@ class Server:
         self.driver = Driver(
             self.config,
             host=self.host,
-            report=self.incidents.report,
+            fatal=self._fatal,
             is_dead=self.liveness.is_dead,
             log=logs.get_logger("driver"),
         )
@@ -239,6 +244,12 @@ class Server:
         )
         self._parts.push_async_callback(asyncio.to_thread, self.mover.close)
         self.driver.attach(self.mover)
+
+    def _fatal(self, error: Exception) -> None:
+        """The books cannot be trusted any more: stop at once rather than serve a wrong byte."""
+        self.incidents.report("hub", error)
+        logs.event(log, "fatal", logging.ERROR, status=EXIT_BUG)
+        os._exit(EXIT_BUG)
 
     def _disk_failed(self, reason: str) -> None:
         logs.event(log, "disk_down", logging.ERROR, reason=reason)
@@ -338,8 +349,9 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
 
-    def _grow(self) -> None:
+    async def _grow(self) -> None:
         prefault = Prefault(self.host, post=self.driver.post, log=logs.get_logger("host"))
+        await asyncio.to_thread(prefault.first)
         prefault.start()
         self._parts.push_async_callback(asyncio.to_thread, prefault.stop)
 

@@ -114,11 +114,17 @@ class Reservation:
     ) -> npt.NDArray[np.uint8]:
         """Copy `arrays` (one [layers, heads, cell bytes] of `region` per index) into the arena,
         hash them while hot, and commit. `region` defaults to the reservation's; pass layer
-        ranges to push layer by layer. Returns CommitVerdict per index.
+        ranges to push layer by layer. Returns CommitVerdict per index. InvalidArgument for cells
+        that this reservation has committed.
         """
         deadline = self._namespace.deadline(deadline_s)
         part = region_in(region, self._namespace.grid, self.region)
         tokens = [self._slot(i).tokens for i in indices]
+        mask = self._namespace.grid.mask(part)
+        for index in indices:
+            if index not in self._lost and mask & ~self._pending[index]:
+                limit = "cells that were not committed yet: those are immutable"
+                raise InvalidArgument.of("region", part, limit)
         sources = blocks_of("arrays", arrays, tokens, self._namespace.grid, part)
         work = await self._work(indices, sources, part, deadline)
         return await self._commit(indices, part, work, deadline)
@@ -330,7 +336,7 @@ class Push:
         tasks: list[asyncio.Task[object]] = []
         try:
             await self._pipelined(windows, tasks)
-            await self._once_more(len(windows))
+            await self._once_more()
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -339,13 +345,12 @@ class Push:
                 self._namespace.session.background(reservation.abort())
             raise
 
-    async def _once_more(self, rounds: int) -> None:
-        """Windows that overlapped stood in each other's way: what found no space is tried again,
-        one window at a time, as long as that helps.
+    async def _once_more(self) -> None:
+        """What found no space while this push itself held some is tried again, one window at a
+        time, as long as that helps.
         """
         left = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
-        while rounds > 1 and left:
-            rounds -= 1
+        while left and len(left) < len(self.verdicts):
             for window in self._windows(left):
                 reservation = await self._reserve(window)
                 await self._finish(window, reservation, await self._copy(window, reservation))

@@ -31,6 +31,7 @@ class HubConfig:
     lease_max: float = 60.0  # also what a lease of 0 means
     announce_ttl_max: float = 120.0
     wait_max: float = 120.0  # of Reserve and Acquire
+    reserve_gather: float = 0.1  # how long a Reserve waits for more after its first grant
     starve_max: float = 30.0  # a stream waits so long for a host slot before the block is missing
     partial_ttl: float = 5.0  # a partial block without a reservation waits so long for other ranks
 

@@ -4,7 +4,9 @@ Rule 1: a reservation is per cell, but a slot lives and dies as a whole. When a 
         without every cell committed and without the word that its copies have drained, the block
         leaves the table at once and the slot is quarantined for everyone who might still write it.
 Rule 2: a Commit is applied to all its blocks or, when it is wrong, to none.
-Rule 3: who waits for space holds what it has got so far; its expiry starts with its Answer.
+Rule 3: who waits for space holds what it has got so far, but from its first grant on for
+        `reserve_gather` only: a call that asks for more than there is must not wait for itself,
+        nor two of them for each other. Its expiry starts with its Answer.
 """
 
 from __future__ import annotations
@@ -102,8 +104,6 @@ class Writing:
         self.pending[event.ticket] = pending
         session.requests.add(event.ticket)
         self.advance(pending)
-        if event.ticket in self.pending:
-            books.timers.set(Kind.RESERVE_WAIT, event.ticket, pending.deadline)
 
     def _check_keys(self, event: Reserve, namespace: Namespace) -> None:
         count, full = len(event.hashes), namespace.grid.block_tokens
@@ -140,13 +140,17 @@ class Writing:
                 verdict = NO_SPACE
                 books.counters["reserve_no_space"] += 1
             pending.verdicts.append(verdict)
-            if verdict is not WRITE:
+            if verdict is WRITE:
+                gathered = books.now + books.config.reserve_gather
+                pending.deadline = min(pending.deadline, gathered)
+            else:
                 pending.places.append(None)
             pending.next += 1
         pending.wants = 0
         self._finish(pending)
 
     def _enqueue(self, pending: PendingReserve) -> None:
+        self._books.timers.set(Kind.RESERVE_WAIT, pending.event.ticket, pending.deadline)
         if pending.wants == _LAG:
             self._lag_waiting[pending.event.ticket] = pending
         elif pending.slots_left == _UNLIMITED or not self._space.stands(

@@ -31,8 +31,8 @@ TIER_COUNTERS = {
 }
 # What Stats counts once: the metric, and what it counts.
 COUNTERS = {
-    "hits": ("kvserver_hits", "Blocks that a lookup or acquire found."),
-    "misses": ("kvserver_misses", "Blocks that a lookup or acquire did not find."),
+    "hits": ("kvserver_hits", "Blocks that a lookup found."),
+    "misses": ("kvserver_misses", "Blocks that a lookup did not find."),
     "near_misses": (
         "kvserver_near_miss_namespaces",
         "Namespaces opened that differ in one field from another.",

@@ -6,8 +6,9 @@ Rule 2: directory entries are written here, inline; bytes are copied by the move
 results come back through `post`, one wake-up of the loop for a whole batch.
 Rule 3: a caller that went away never leaves something behind: its stream is cancelled, and a
 reservation that nobody heard of is aborted.
-Rule 4: an exception here is a bug of ours. It is logged as an incident, the request concerned
-fails, the server goes on.
+Rule 4: an exception that comes out of the hub, or out of carrying out an instruction, leaves books
+that nobody may trust: `fatal` is told, which ends the process. The files are safe at any time, and
+the next start verifies what it finds.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ class Jobs(Protocol):
 
 
 class Driver:
-    """See the module's rules. `report(where, error)` is told of every incident."""
+    """See the module's rules. `fatal(error)` is expected not to return (tests let it)."""
 
     def __init__(
         self,
         config: HubConfig,
         *,
         host: HostArena,
-        report: Callable[[str, BaseException], object],
+        fatal: Callable[[Exception], None],
         is_dead: Callable[[int], bool],
         clock: Callable[[], float] = time.monotonic,
         log: logging.Logger,
@@ -86,7 +87,7 @@ class Driver:
         self.hub = Hub(config)
         self.entries = HostEntries(host, self.hub.spec_of)
         self._jobs: Jobs | None = None
-        self._report = report
+        self._fatal = fatal
         self._is_dead = is_dead
         self._clock = clock
         self._log = log
@@ -200,11 +201,19 @@ class Driver:
         """Hand one event to the hub and carry out what it decides. On the loop's thread."""
         now = self._clock()
         gap, self._last = now - self._last, now
-        if gap > STALL_S:
+        if gap > STALL_S and self._ticker is not None:
             self.stalls += 1
             self._log.warning("stalled", extra={"fields": {"seconds": round(gap, 3)}})
-            self._carry_out_all(self.hub.handle(Stalled(gap), now))
-        self._carry_out_all(self.hub.handle(event, now))
+            self._handle(Stalled(gap), now)
+        self._handle(event, now)
+
+    def _handle(self, event: Event, now: float) -> None:
+        try:
+            for instruction in self.hub.handle(event, now):
+                self._carry_out(instruction)
+        except Exception as error:
+            self._fatal(error)
+            raise
 
     def post(self, event: Event) -> None:
         """Hand over an event from any thread. After `stop` it is dropped."""
@@ -217,21 +226,15 @@ class Driver:
         with self._posted_lock:
             events, self._posted = self._posted, []
         for event in events:
-            try:
-                self.tell(event)
-            except Exception as error:
-                self._report(type(event).__name__, error)
+            self.tell(event)
 
     async def _tick(self) -> None:
         suspects_at = 0.0
         while True:
-            try:
-                self.tell(Tick())
-                if self._last >= suspects_at:
-                    suspects_at = self._last + SUSPECTS_S
-                    self._poll_suspects()
-            except Exception as error:
-                self._report("tick", error)
+            self.tell(Tick())
+            if self._last >= suspects_at:
+                suspects_at = self._last + SUSPECTS_S
+                self._poll_suspects()
             deadline = self.hub.next_deadline()
             ahead = TICK_S if deadline is None else deadline - self._clock()
             await asyncio.sleep(min(TICK_S, max(0.002, ahead)))
@@ -242,13 +245,6 @@ class Driver:
                 self.tell(ClientDead(client))
 
     # ---- instructions --------------------------------------------------------------------
-
-    def _carry_out_all(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            try:
-                self._carry_out(instruction)
-            except Exception as error:
-                self._report(type(instruction).__name__, error)
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:

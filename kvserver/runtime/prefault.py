@@ -18,7 +18,7 @@ from kvproto.errors import FieldError
 from kvserver.core.events import Event, Tier, TierGrew
 from kvserver.tiers.host import HostArena
 
-FIRST_STEP_BYTES = 16 << 20
+FIRST_STEP_BYTES = 64 << 20
 STEP_BYTES = 128 << 20
 
 
@@ -33,24 +33,32 @@ class Prefault(threading.Thread):
         self._post = post
         self._log = log
         self._stopping = threading.Event()
+        self._ready = 0
+
+    def first(self) -> None:
+        """The first step, so that a server has room when it says that it is ready."""
+        self._step(FIRST_STEP_BYTES)
 
     def run(self) -> None:
-        started, ready, total = time.monotonic(), 0, self._host.data_bytes
-        step = FIRST_STEP_BYTES
-        while ready < total and not self._stopping.is_set():
-            target = min(total, ready + step)
-            try:
-                self._host.prefault(ready, target)
-            except (FieldError, OSError) as error:
-                self._log.error(
-                    "host_tier_smaller",
-                    extra={"fields": {"ready": ready, "total": total, "reason": str(error)}},
-                )
+        started = time.monotonic()
+        while self._ready < self._host.data_bytes and not self._stopping.is_set():
+            if not self._step(STEP_BYTES):
                 return
-            ready, step = target, STEP_BYTES
-            self._post(TierGrew(Tier.HOST, ready))
         seconds = round(time.monotonic() - started, 3)
-        self._log.info("host_tier_ready", extra={"fields": {"bytes": ready, "seconds": seconds}})
+        fields = {"bytes": self._ready, "seconds": seconds}
+        self._log.info("host_tier_ready", extra={"fields": fields})
+
+    def _step(self, length: int) -> bool:
+        target = min(self._host.data_bytes, self._ready + length)
+        try:
+            self._host.prefault(self._ready, target)
+        except (FieldError, OSError) as error:
+            fields = {"ready": self._ready, "total": self._host.data_bytes, "reason": str(error)}
+            self._log.error("host_tier_smaller", extra={"fields": fields})
+            return False
+        self._ready = target
+        self._post(TierGrew(Tier.HOST, target))
+        return True
 
     def stop(self) -> None:
         """Returns when the thread has ended."""

@@ -269,16 +269,20 @@ async def test_a_reader_gives_up_on_what_never_comes(client: AsyncClient) -> Non
     assert (granted, sorted(stream.missing)) == ([0], [1, 2])
 
 
-async def test_a_second_writer_with_other_bytes_does_not_win(client: AsyncClient) -> None:
+async def test_committed_cells_are_immutable_for_their_writer_too(client: AsyncClient) -> None:
     blocks = fresh()
     namespace = await client.open_namespace(blocks.spec)
     keys = blocks.chain(1, 1)
     payloads = blocks.payloads(keys)
-    half = Region(0, 2, 0, 2)
+    half, rest = Region(0, 2, 0, 2), Region(2, 4, 0, 2)
     async with await namespace.reserve(keys) as reservation:
         await reservation.fill([0], payloads[:, :2], region=half)
-        again = await reservation.fill([0], 255 - payloads[:, :2], region=half)
-        assert again.tolist() == [CommitVerdict.MISMATCH]
+        for overlapping in (half, blocks.spec.grid.whole, Region(1, 3, 0, 1)):
+            with pytest.raises(InvalidArgument) as caught:
+                await reservation.fill([0], 255 - cut(payloads, overlapping), region=overlapping)
+            assert caught.value.field == "region"
+        await reservation.fill([0], payloads[:, 2:], region=rest)
+    await check_all(namespace, blocks, keys)
 
 
 async def test_an_aborted_block_is_absent_and_free_for_the_next(client: AsyncClient) -> None:

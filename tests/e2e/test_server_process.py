@@ -132,7 +132,7 @@ def test_bad_settings_end_with_status_2(tmp_path: Path) -> None:
 def test_metrics_and_stats_show_the_same_books(serve: Serve) -> None:
     server = serve(disk_bytes="64MiB")
     push(server, durable=True)
-    assert pull(server) == len(KEYS)
+    assert pull(server) == usable(server) == len(KEYS)
     assert usable(server, BLOCKS.chain(2, 4)) == 0
     metrics, stats = scrape(server), server.stats()
     assert metrics["kvserver_up"] == 1

@@ -19,6 +19,7 @@ from tests.support.kv_oracle import (
     answer_complaints,
     cells,
     page_complaints,
+    wait_connected,
     wait_pushed,
 )
 from tests.support.server import ServerProcess, start_server
@@ -81,6 +82,8 @@ def cluster(
                 engines.append(Engine.launch(model, config=config))
             for engine in engines:
                 engine.wait_ready()
+            wait_connected(path / "p.jsonl", 2)
+            wait_connected(path / "d.jsonl", 2)
             yield Cluster(
                 server,
                 engines[0::2],

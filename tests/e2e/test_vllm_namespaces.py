@@ -9,7 +9,13 @@ import pytest
 
 from kvclient import Client
 from tests.support.engines import Engine, Generated, hub_config, read_events
-from tests.support.kv_oracle import answer_complaints, cells, page_complaints, wait_pushed
+from tests.support.kv_oracle import (
+    answer_complaints,
+    cells,
+    page_complaints,
+    wait_connected,
+    wait_pushed,
+)
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
 
@@ -35,6 +41,7 @@ def run(
     with Engine.start(
         model, config=config, environment=environment, block_size=block_size
     ) as engine:
+        wait_connected(log)
         answer = engine.generate(PROMPT, tokens=TOKENS)
         if not cells(read_events(log), "pulled"):
             wait_pushed(log, len(PROMPT) // BLOCK)

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from tests.support.engines import Engine, Generated, hub_config, read_events
-from tests.support.kv_oracle import answer_complaints, cells, page_complaints, wait_pushed
+from tests.support.kv_oracle import (
+    answer_complaints,
+    cells,
+    page_complaints,
+    wait_connected,
+    wait_pushed,
+)
 from tests.support.server import start_server
 from tests.support.tiny_models import TINY, prompt, write_model
 
@@ -47,6 +53,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 engines.append(Engine.launch(model, config=config, tensor_parallel=size))
             for engine in engines:
                 engine.wait_ready()
+            wait_connected(path / "tp1.jsonl")
+            wait_connected(path / "tp2.jsonl", 3)
             yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")
         finally:
             for engine in engines:

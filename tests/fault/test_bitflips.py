@@ -57,7 +57,9 @@ def written(path: Path) -> list[range]:
 def push_all(server: ServerProcess) -> list[bytes]:
     keys = BLOCKS.chain(7, COUNT)
     with Client.connect(server.address) as client:
-        result = client.open_namespace(BLOCKS.spec).push(keys, BLOCKS.payloads(keys), durable=True)
+        result = client.open_namespace(BLOCKS.spec).push(
+            keys, BLOCKS.payloads(keys), durable=True, wait_s=30
+        )
         assert result.written + result.present == COUNT
     return keys
 

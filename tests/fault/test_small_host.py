@@ -58,7 +58,9 @@ def push_prompts(address: str) -> None:
             for at in range(0, count, 8):
                 part = keys[at : at + 8]
                 parents = [bytes(32), *keys][at : at + 8]
-                result = namespace.push(part, BLOCKS.payloads(part), parents=parents, durable=True)
+                result = namespace.push(
+                    part, BLOCKS.payloads(part), parents=parents, durable=True, wait_s=30
+                )
                 assert result.written + result.present == len(part), (seed, at, result)
 
 

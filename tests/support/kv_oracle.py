@@ -61,6 +61,17 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) 
         time.sleep(0.02)
 
 
+def wait_connected(log: Path, processes: int = 1, *, timeout_s: float = 20.0) -> None:
+    """Wait until so many processes of an engine have a session with the hub."""
+
+    def done() -> bool:
+        events = read_events(log)
+        connected = {e["pid"] for e in events if e["event"] == "connected"}
+        return len(connected) >= processes and any(e["event"] == "namespace" for e in events)
+
+    wait_for(f"{processes} processes connected ({log})", done, timeout_s)
+
+
 def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
     """Wait until the event log tells of `blocks` blocks pushed by each of its ranks."""
 

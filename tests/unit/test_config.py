@@ -122,6 +122,9 @@ def test_lists_and_flags_in_every_spelling(tmp_path: Path) -> None:
     settings = load({"shm_tenants": "a, b", "mlock": "on"})
     assert settings.shm_allowed("a")
     assert not settings.shm_allowed("c")
+    assert not settings.shm_allowed("")
+    assert load({"shm_tenants": ",a"}).shm_allowed("")
+    assert not load({"shm_tenants": ""}).shm_allowed("")
     assert Settings().shm_allowed("anyone")
 
 

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.kvserver")
 
+SCHEDULER = KVConnectorRole.SCHEDULER
 LAYOUT = "LBHNC"
 EPOCH_BYTES = 16
 
@@ -77,11 +78,14 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._settings = Settings.parse(transfer.kv_connector_extra_config)
         require_supported(vllm.__version__, vllm_config, kv_cache_config)
         name = f"vllm-{transfer.engine_id}"[:120]
+        rank = {"rank": int(vllm_config.parallel_config.rank)} if role != SCHEDULER else {}
+        self._log = EventLog(self._settings.event_log, engine=transfer.engine_id, **rank)
         self._link = HubLink.shared(
             self._settings.address,
             tenant=self._settings.tenant,
             name=name,
             lookup_s=max(self._settings.lookup_ms, 1) / 1e3,
+            log=self._log,
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
@@ -90,8 +94,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._weights = b""
         self._epoch = ""
         self._closed = False
-        if role == KVConnectorRole.SCHEDULER:
-            self._log = EventLog(self._settings.event_log, engine=transfer.engine_id)
+        if role == SCHEDULER:
             self._scheduler = self._scheduler_half()
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning(
@@ -145,11 +148,6 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         stage = int(parallel.rank) // int(parallel.tensor_parallel_size)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         self._rank_info = rank_info(config, names, pages, dtype, tp_rank)
-        self._log = EventLog(
-            self._settings.event_log,
-            engine=self._kv_transfer_config.engine_id,
-            rank=int(parallel.rank),
-        )
         self._worker = WorkerHalf(
             self._settings,
             self._link,
@@ -231,7 +229,6 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 self._weights = fingerprint(weights_path(self._vllm_config))
             spec = self._spec(self._weights)
             self._scheduling().open(spec.canonical, spec.page_tokens, layer_starts(self._ranks)[0])
-            self._log.write("namespace", id=spec.id.hex())
             self._link.submit(self._link.greet(spec.canonical))
         except Exception:
             logger.exception("kvserver: no fingerprint of the weights; serving without the hub")

@@ -17,6 +17,7 @@ from typing import Any
 
 from kvclient import AsyncClient, AsyncNamespace, DeadlineExceeded, KVError, Limits, Unavailable
 from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.events import EventLog
 from kvserver_vllm.scheduler import Answer
 
 logger = logging.getLogger("vllm.kvserver")
@@ -35,11 +36,14 @@ _links_lock = threading.Lock()
 class HubLink:
     """Use `HubLink.shared`; each holder calls `close` once."""
 
-    def __init__(self, address: str, tenant: str, name: str, lookup_s: float) -> None:
+    def __init__(
+        self, address: str, tenant: str, name: str, lookup_s: float, log: EventLog
+    ) -> None:
         self.address = address
         self.tenant = tenant
         self._name = name
         self._lookup_s = lookup_s
+        self._log = log
         self._holders = 0
         self._client: AsyncClient | None = None
         self._suspect = False
@@ -51,12 +55,14 @@ class HubLink:
         self._thread = threading.Thread(target=self._run, name="kvserver-link", daemon=True)
 
     @classmethod
-    def shared(cls, address: str, *, tenant: str, name: str, lookup_s: float) -> HubLink:
+    def shared(
+        cls, address: str, *, tenant: str, name: str, lookup_s: float, log: EventLog
+    ) -> HubLink:
         """The process's link to this hub, started if it is new."""
         with _links_lock:
             link = _links.get((address, tenant))
             if link is None:
-                link = cls(address, tenant, name, lookup_s)
+                link = cls(address, tenant, name, lookup_s, log)
                 link._thread.start()
                 _links[address, tenant] = link
             link._holders += 1
@@ -128,6 +134,7 @@ class HubLink:
         opened = await self._client.open_namespace(NamespaceSpec.decode(spec))
         if spec not in self._namespaces:
             self._namespaces[spec] = opened
+            self._log.write("namespace", id=opened.id.hex())
             logger.info(
                 "kvserver: hub %s, namespace %s, transport %s",
                 self.address,
@@ -207,6 +214,7 @@ class HubLink:
                     self._client = await AsyncClient.connect(
                         self.address, name=self._name, tenant=self.tenant, deadline_s=CALL_S
                     )
+                    self._log.write("connected", address=self.address)
                     await self._open_greeting()
                 elif self._suspect:
                     async with asyncio.timeout(PROBE_S):

@@ -125,7 +125,7 @@ class WorkerHalf:
         for job in meta.saves:
             if not self._pushes or self._queued >= self._settings.jobs_max:
                 if self._pushes:
-                    self._count("saves_dropped")
+                    self._lose_save("saves_dropped", job, "jobs_max pushes are queued")
                 self._let_go(job)
                 continue
             self._queued += 1
@@ -185,6 +185,10 @@ class WorkerHalf:
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
 
+    def _lose_save(self, counter: str, job: SaveJob, reason: str) -> None:
+        self._count(counter)
+        self._log.write("save_lost", job=job.job, blocks=len(job.blocks), reason=reason)
+
     # ---- pushes, on the link's thread --------------------------------------------------------
 
     def _let_go(self, job: SaveJob) -> None:
@@ -219,10 +223,10 @@ class WorkerHalf:
                     await self._commit(job, reservation, blocks, last)
                     self._log.write("push_done", job=job.job, blocks=len(blocks))
         except (KVError, TimeoutError) as error:
-            self._count("saves_failed")
+            self._lose_save("saves_failed", job, str(error))
             self._link.doubt(error)
         except asyncio.CancelledError:
-            self._count("saves_dropped")
+            self._lose_save("saves_dropped", job, "its pages were needed")
         finally:
             guard.cancel()
             if not let_go.is_set():
@@ -251,7 +255,7 @@ class WorkerHalf:
             ready = await step.beyond(done)
             for index in blocks:
                 if time.monotonic() > step.deadline:
-                    self._count("saves_dropped")
+                    self._lose_save("saves_dropped", job, "its pages were needed")
                     return None
                 pages = job.blocks[index].pages
                 self._pages.gather(done, ready, pages, reservation.cells(index)[done:ready])
