@@ -123,10 +123,19 @@ def _add_serve(commands: Any) -> None:
             config.flag_of(name),
             dest=name,
             default=argparse.SUPPRESS,
-            metavar="true|false" if flag else name.rpartition("_")[2].upper(),
+            metavar=_metavar(name, default),
             help=f"{option['help']} (default: {_shown_default(name, default)})".replace("%", "%%"),
             **({"nargs": "?", "const": "true"} if flag else {}),
         )
+
+
+def _metavar(name: str, default: object) -> str:
+    if isinstance(default, bool):
+        return "true|false"
+    if isinstance(default, int):
+        return next((unit.upper() for unit in ("bytes", "ms") if unit in name.split("_")), "N")
+    last = name.rpartition("_")[2]
+    return {"listen": "HOST:PORT", "tenants": "NAME,..."}.get(last, last.upper())
 
 
 def _shown_default(name: str, default: object) -> str:

@@ -142,7 +142,7 @@ _SERVING, _HOST, _DISK, _DEVICE, _LIMITS, _LOGS = (
     "serving",
     "host tier (shared memory)",
     "disk tier",
-    "device tier (GPU memory)",
+    "device tier",
     "limits",
     "logs",
 )
@@ -202,7 +202,13 @@ class Settings:
         _size(1),
         _DISK,
     )
-    device_bytes: int = _option(0, "GPU memory for the hottest blocks; 0: none", _size(0), _DEVICE)
+    device_bytes: int = _option(
+        0,
+        "size of the device tier, which this version keeps in process memory: it exercises three"
+        " tiers and gains nothing else; 0: none",
+        _size(0),
+        _DEVICE,
+    )
     keys_per_call_max: int = _option(
         4096, "block hashes one call may name", _count(1, 65_536), _LIMITS
     )

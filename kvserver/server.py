@@ -30,13 +30,13 @@ from grpc_reflection.v1alpha import reflection
 
 import kvserver
 from kvproto.errors import FieldError
-from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.config import Settings
 from kvserver.core.events import Tier, TierDown
 from kvserver.core.limits import HubConfig
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
+from kvserver.journal.record import DiskRecord
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
 from kvserver.runtime import failpoints, recovery
@@ -44,6 +44,7 @@ from kvserver.runtime.copies import Copies
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
+from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.node import Node
 from kvserver.runtime.prefault import Prefault
 from kvserver.runtime.sessions import Session
@@ -136,9 +137,9 @@ class Server:
         disk = self._open_disk()
         self._build(disk)
         failpoints.hit("start.before_restore")
-        specs = self._recover(disk)
+        self._recover(disk)
         failpoints.hit("start.before_ready")
-        await self._start_node(specs)
+        await self._start_node()
         metrics_listen = self._start_metrics()
         self._add_services(grpc_server)
         self.node.start()
@@ -255,26 +256,38 @@ class Server:
         logs.event(log, "disk_down", logging.ERROR, reason=reason)
         self.driver.post(TierDown(Tier.DISK, reason))
 
-    def _recover(self, disk: tuple[DiskFile, Directory] | None) -> list[NamespaceSpec]:
+    def _recover(self, disk: tuple[DiskFile, Directory] | None) -> None:
         started, found = time.monotonic(), recovery.Recovered()
-        canonicals = list(self.names.canonicals)
+        tell = self.driver.tell
+        scan = self.host.scan()
+        records: list[DiskRecord] = []
+        journaled: dict[bytes, bytes] = {}
         if disk is not None:
-            canonicals += disk[1].namespaces().values()
-        specs = recovery.restore_namespaces(canonicals, self.driver.tell, found)
-        recovery.restore_host(self.host, self.liveness, self.driver.tell, found)
-        if disk is not None and self.disk is not None:
             file, journal = disk
             records, damaged = journal.scan(file.data_bytes)
+            journaled = journal.namespaces()
             found.drop("damaged disk record", damaged)
             found.drop("record of another slot file", journal.foreign)
-            self.disk.restored([record.offset for record in records], specs)
-            recovery.restore_disk(records, self.driver.tell, found)
+        used = {entry.tag for entry in scan[0]} | {record.tag for record in records}
+        canonicals = [*self.names.canonicals, *journaled.values()]
+        specs = recovery.restore_namespaces(canonicals, used, tell, found)
+        recovery.restore_host(self.host, scan, self.liveness, tell, found)
+        if self.disk is not None:
+            self.disk.restored((record.offset for record in records), journaled)
+            recovery.restore_disk(records, tell, found)
+        self.namespaces = Namespaces(
+            self.names,
+            self.mover,
+            lives=lambda identity: self.driver.hub.namespace_of(identity) is not None,
+            live_max=self.settings.namespaces_max,
+        )
+        self.namespaces.restored(specs, journaled)
         found.seconds = round(time.monotonic() - started, 3)
+        self._dropped = found.counters()
         level = logging.WARNING if found.dropped else logging.INFO
         logs.event(log, "recovered", level, **dataclasses.asdict(found))
-        return specs
 
-    async def _start_node(self, specs: list[NamespaceSpec]) -> None:
+    async def _start_node(self) -> None:
         shm = ShmServer(
             Path(self.settings.host_dir) / SOCKET_NAME,
             arena=self.host,
@@ -288,12 +301,11 @@ class Server:
         self.node = Node(
             self.driver,
             host=self.host,
-            mover=self.mover,
             disk=self.disk,
             shm=shm,
             liveness=self.liveness,
-            names=self.names,
-            specs=specs,
+            namespaces=self.namespaces,
+            dropped=self._dropped,
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )

@@ -8,6 +8,7 @@ top of it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,17 @@ class AsyncNamespace:
                 durable=durable,
             )
 
+        asked_at = time.monotonic()
         link, reply = await self._call("Reserve", make, deadline)
-        return Reservation(self, link, reply, count=len(hashes), tokens=tokens, region=region)
+        return Reservation(
+            self,
+            link,
+            reply,
+            count=len(hashes),
+            tokens=tokens,
+            region=region,
+            asked_at=asked_at,
+        )
 
     async def push(
         self,

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -48,7 +49,7 @@ class Reservation:
 
     def __init__(
         self, namespace: AsyncNamespace, link: Link, reply: pb.ReserveReply, *, count: int,
-        tokens: Sequence[int], region: Region,
+        tokens: Sequence[int], region: Region, asked_at: float,
     ) -> None:  # fmt: skip
         self.region = region
         self.ttl_s: float = reply.ttl_ms / 1000
@@ -64,6 +65,7 @@ class Reservation:
         self._id: int = reply.reservation
         self._namespace = namespace
         self._link = link
+        self._expires = asked_at + self.ttl_s  # on the monotonic clock; at the hub no earlier
         mask = namespace.grid.mask(region)
         self._pending = dict.fromkeys(self.writable, mask)
         self._lost: set[int] = set()
@@ -182,7 +184,8 @@ class Reservation:
                         drained=True,
                     ),
                 )
-            if self._lost:
+            # What expired on the way is not aborted but quarantined, until it is fenced.
+            if self._lost or time.monotonic() >= self._expires:
                 await self._fence()
 
     async def fence(self) -> int:

@@ -181,7 +181,8 @@ class BlockTable(Columns):
     def adopt(self, row: int, parent: int) -> None:
         """Set the parent of a row that has none and no slot yet."""
         self.parent[row] = parent
-        self.links[parent] += 1
+        if parent:
+            self.links[parent] += 1
 
     def move(self, row: int, action: Action) -> BlockState:
         """Change a block's state. InvariantError, with its story, when TRANSITIONS has no way."""

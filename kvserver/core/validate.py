@@ -161,7 +161,7 @@ def _kids(books: Books, wrong: list[str]) -> None:
                 links[parent] += 1
             for tier in Tier:
                 kids[tier, parent] += bool(blocks.slot[tier][row])
-    for row in range(blocks.length):
+    for row in range(1, blocks.length):
         _check(wrong, blocks.links[row] == links[row], f"row {row}: links {blocks.links[row]}")
         for tier in Tier:
             known = blocks.kids[tier][row]

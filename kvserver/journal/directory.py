@@ -1,7 +1,7 @@
 """The disk tier's directory: which block each slot of the slot file holds, in RocksDB.
 
-Keys: "m" -> id of the slot file | "n" + namespace id -> canonical encoding | "s" + offset -> record
-(`kvserver.journal.record`).
+Keys: "c" -> number of records, u64 little-endian | "m" -> id of the slot file
+    | "n" + namespace id -> canonical encoding | "s" + offset -> record (`kvserver.journal.record`)
 
 Rule 1: metadata only, never payload.
 Rule 2: one record per slot, keyed by its offset: a put replaces what the slot held before. A slot
@@ -14,12 +14,16 @@ Rule 5: damage never stops the start. A damaged record is dropped and counted; a
         unreadable stretches is built anew from what can be read; one that cannot be opened is
         repaired or, at last, set aside as `<name>.damaged`. `notes` says so.
 Rule 6: after a failed write RocksDB refuses all others: JournalError until `reopen`.
+Rule 7: the number of records is written in one batch with each change of them. A scan that finds
+        fewer knows how many are gone; where damage took the number too, it counts at least one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -41,11 +45,14 @@ from kvserver.journal.record import DiskRecord, RecordError
 JOURNAL_NAME = "journal"
 WRITE_BUFFER_BYTES = 16 << 20
 WAL_BYTES_MAX = 64 << 20
+_COUNT = b"c"
+_COUNT_FORM = struct.Struct("<Q")
 _META = b"m"
 _NAMESPACE = b"n"
 _SLOTS_END = b"t"  # the first key after those of the slots
 _SALVAGE_STEP_BYTES = 16 * 1024
 _SALVAGE_STEP_BYTES_MAX = 1 << 60
+_RECOVERY_DROPPED = b": dropping "  # what RocksDB logs for a stretch of its log that it cannot read
 
 
 class JournalError(Exception):
@@ -58,7 +65,7 @@ class JournalError(Exception):
 
 
 class Scan(NamedTuple):
-    """What the journal knows, ascending by offset; `dropped` counts what it lost."""
+    """What the journal knows, ascending by offset; `dropped` counts what it lost, at least."""
 
     records: list[DiskRecord]
     dropped: int
@@ -74,14 +81,19 @@ class Directory:
         self.file_id = b""
         self._db = db
         self._writable = writable
+        self._changes = threading.Lock()
+        self._offsets: set[int] | None = None  # of all records; None: not known yet
+        self._lost = 0  # stretches of RocksDB's log that could not be read at open
 
     @classmethod
     def open(cls, path: Path, *, file_id: bytes) -> Directory:
         """Open or make the journal of the slot file `file_id`. JournalError when that fails."""
         notes: list[str] = []
+        used = _has_content(path)
         journal = cls(path, _open_or_restore(path, notes), notes, writable=True)
         try:
-            journal._claim(file_id)
+            journal._lost = _skipped_by_recovery(path)
+            journal._claim(file_id, used=used or bool(notes))
         except BaseException:
             journal.close()
             raise
@@ -113,14 +125,14 @@ class Directory:
         batch = WriteBatch(raw_mode=True)
         for record in records:
             batch.put(*codec.encode(record))
-        self._write("put", batch)
+        self._change("put", batch, {record.offset for record in records}, present=True)
 
     def put_invalid(self, offsets: Iterable[int]) -> None:
         """These slots hold nothing; `sync` before their bytes change."""
-        batch = WriteBatch(raw_mode=True)
-        for offset in offsets:
+        batch, gone = WriteBatch(raw_mode=True), set(offsets)
+        for offset in gone:
             batch.delete(codec.encode_key(offset))
-        self._write("delete", batch)
+        self._change("delete", batch, gone, present=False)
 
     def put_namespace(self, identity: bytes, canonical: bytes) -> None:
         """Remember a namespace, before the first record that names it."""
@@ -148,6 +160,7 @@ class Directory:
 
     def scan(self, data_bytes: int) -> Scan:
         """All records within a slot file of `data_bytes`; the others are removed and counted."""
+        expected = self._count()
         found, unreadable = self._walk(codec.KEY_PREFIX)
         records, bad = [], []
         for key, value in found:
@@ -160,19 +173,17 @@ class Directory:
                 records.append(record)
             else:
                 bad.append(key)
-        if self._writable and unreadable:
-            self._rebuild(records)
-        elif self._writable and bad:
-            batch = WriteBatch(raw_mode=True)
-            for key in bad:
-                batch.delete(key)
-            self._write("delete", batch)
-        return Scan(records, len(bad) + unreadable)
+        missing = max(0, expected - len(found)) if expected is not None else 1
+        missing = max(missing, unreadable, self._lost)
+        if self._writable:
+            self._clean(records, bad, damaged=unreadable > 0, uncounted=expected != len(records))
+        return Scan(records, len(bad) + missing)
 
     def reopen(self) -> None:
         """Open the database again after a failure. JournalError when it still fails."""
         with contextlib.suppress(Exception):  # it has failed already; rocksdict has no own type
             self._db.close()
+        self._offsets = None
         with _wrapped("reopen"):
             self._db = Rdict(str(self.path), _options())
         self._claim(self.file_id)
@@ -186,10 +197,11 @@ class Directory:
         except Exception as error:  # rocksdict raises plain Exception
             raise JournalError("close", error) from error
 
-    def _claim(self, file_id: bytes) -> None:
+    def _claim(self, file_id: bytes, *, used: bool = True) -> None:
         """Make this the journal of `file_id`: records of another file go.
 
         Where damage has taken the id the records stay: their checksums judge the slots' bytes.
+        Where the journal was `used` before, a number of records that is not there is lost.
         """
         self.file_id = file_id
         stored: bytes | None = None
@@ -202,6 +214,8 @@ class Directory:
         if stored is None:
             batch = WriteBatch(raw_mode=True)
             batch.put(_META, file_id)
+            if not used:
+                batch.put(_COUNT, _encode_count(0))
             self._write("put", batch)
         elif stored != file_id:
             self._drop_foreign(file_id)
@@ -211,10 +225,57 @@ class Directory:
         found, unreadable = self._walk(codec.KEY_PREFIX)
         batch.delete_range(codec.KEY_PREFIX, _SLOTS_END)
         batch.put(_META, file_id)
+        batch.put(_COUNT, _encode_count(0))
         self._write("put", batch)
         self.sync()
         self.foreign = len(found) + unreadable
         self.notes.append(f"the journal was of another slot file: {self.foreign} records dropped")
+
+    def _change(
+        self, operation: str, batch: WriteBatch, offsets: set[int], *, present: bool
+    ) -> None:
+        """Write a change of the records at `offsets`, and their number with it."""
+        if not offsets:
+            return
+        with self._changes:
+            if self._offsets is None:
+                found, _ = self._walk(codec.KEY_PREFIX)
+                self._offsets = {
+                    codec.decode_key(key) for key, _ in found if len(key) == codec.KEY_BYTES
+                }
+            known, self._offsets = self._offsets, None  # not known any more, should this fail
+            changed = offsets - known if present else offsets & known
+            number = len(known) + (len(changed) if present else -len(changed))
+            batch.put(_COUNT, _encode_count(number))
+            self._write(operation, batch)
+            if present:
+                known |= changed
+            else:
+                known -= changed
+            self._offsets = known
+
+    def _count(self) -> int | None:
+        """How many records there should be; None when that is lost."""
+        try:
+            value = self._get(_COUNT)
+        except JournalError:
+            return None
+        return _COUNT_FORM.unpack(value)[0] if value and len(value) == _COUNT_FORM.size else None
+
+    def _clean(
+        self, records: list[DiskRecord], bad: list[bytes], *, damaged: bool, uncounted: bool
+    ) -> None:
+        """After a scan: what was lost is lost for good, and not counted again."""
+        self._lost = 0
+        if damaged:
+            self._rebuild(records)
+        elif bad or uncounted:
+            batch = WriteBatch(raw_mode=True)
+            for key in bad:
+                batch.delete(key)
+            batch.put(_COUNT, _encode_count(len(records)))
+            self._write("clean", batch)
+        self._offsets = {record.offset for record in records}
 
     def _get(self, key: bytes) -> bytes | None:
         with _wrapped("read"):
@@ -274,6 +335,7 @@ class Directory:
     def _fill(self, records: list[DiskRecord], namespaces: Mapping[bytes, bytes]) -> None:
         batch = WriteBatch(raw_mode=True)
         batch.put(_META, self.file_id)
+        batch.put(_COUNT, _encode_count(len(records)))
         for identity, canonical in namespaces.items():
             batch.put(_NAMESPACE + identity, canonical)
         for record in records:
@@ -326,6 +388,24 @@ def _open_or_restore(path: Path, notes: list[str]) -> Rdict:
     notes.append("the journal could not be repaired: it was set aside and a new one begun")
     with _wrapped("open"):
         return Rdict(str(path), _options())
+
+
+def _has_content(path: Path) -> bool:
+    """Whether a database was ever written to: it has tables, or a log that is not empty."""
+    files = [*path.glob("*.sst"), *path.glob("*.log")]
+    return any(file.stat().st_size for file in files)
+
+
+def _skipped_by_recovery(path: Path) -> int:
+    """Stretches of its log that RocksDB skipped when it opened: it says so in its LOG, only."""
+    try:
+        return (path / "LOG").read_bytes().count(_RECOVERY_DROPPED)
+    except OSError:
+        return 0
+
+
+def _encode_count(number: int) -> bytes:
+    return _COUNT_FORM.pack(number)
 
 
 def _is_damage(error: Exception) -> bool:

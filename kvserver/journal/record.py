@@ -20,6 +20,7 @@ FORMAT = 1
 KEY_PREFIX = b"s"
 SLOT_ALIGN = 4096
 _KEY = struct.Struct(">cQ")
+KEY_BYTES = _KEY.size
 _VALUE = struct.Struct("<4sHHIIQQ16s32s32s")
 _CRC = struct.Struct("<I")
 _MAGIC = b"kvjr"
@@ -56,6 +57,12 @@ def encode(record: DiskRecord) -> tuple[bytes, bytes]:
         record.root, record.tag, record.key, record.parent,
     )  # fmt: skip
     return key, value + _CRC.pack(zlib.crc32(value, zlib.crc32(key)))
+
+
+def decode_key(key: bytes) -> int:
+    """The slot's offset. The key is one that `encode_key` has made."""
+    offset: int = _KEY.unpack(key)[1]
+    return offset
 
 
 def decode(key: bytes, value: bytes) -> DiskRecord:

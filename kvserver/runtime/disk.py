@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +76,10 @@ class DiskTier:
 
     # ---- what the journal knows --------------------------------------------------------------
 
-    def restored(self, offsets: Sequence[int], specs: Sequence[NamespaceSpec]) -> None:
+    def restored(self, offsets: Iterable[int], namespaces: Mapping[bytes, bytes]) -> None:
         """What recovery found, so that it is not asked for again."""
         self._recorded.update(offsets)
-        self._namespaces.update((spec.id, spec.canonical) for spec in specs)
+        self._namespaces.update(namespaces)
 
     def forget(self, offsets: Sequence[int]) -> None:
         """These slots hold nothing any more; durable before their bytes change."""
@@ -101,6 +101,12 @@ class DiskTier:
         self._namespaces[spec.id] = spec.canonical
         with contextlib.suppress(DiskDown), self._io("journal write"):
             self._journal.put_namespace(spec.id, spec.canonical)
+
+    def drop_namespace(self, identity: bytes) -> None:
+        """No record names it any more."""
+        if self._namespaces.pop(identity, None) is not None:
+            with contextlib.suppress(DiskDown), self._io("journal write"):
+                self._journal.remove_namespaces([identity])
 
     # ---- bytes ---------------------------------------------------------------------------------
 

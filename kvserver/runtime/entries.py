@@ -27,7 +27,7 @@ Checksums = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where a region's checksums lie in a slot. `run` is their byte range when they are adjacent."""
+    """Where a region's checksums lie in a slot; `run` is their byte range if they are adjacent."""
 
     tag: bytes
     trailer_offset: int

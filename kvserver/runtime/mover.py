@@ -69,7 +69,7 @@ class Mover:
         self._wake = threading.Condition()
         self._closing = False
         self._dirty = False  # something waits for the disk thread besides spills
-        self._new_specs: deque[NamespaceSpec] = deque()
+        self._namespaces: deque[NamespaceSpec | bytes] = deque()  # to be added, or an id to go
         self._retry_at = 0.0
         self._disk_thread: threading.Thread | None = None
         if disk is not None:
@@ -100,7 +100,14 @@ class Mover:
         """The journal learns of it before any record that names it."""
         if self._disk is not None:
             with self._wake:
-                self._new_specs.append(spec)
+                self._namespaces.append(spec)
+                self._wake.notify()
+
+    def drop_namespace(self, identity: bytes) -> None:
+        """No block of it is left: the journal forgets it."""
+        if self._disk is not None:
+            with self._wake:
+                self._namespaces.append(identity)
                 self._wake.notify()
 
     def close(self) -> None:
@@ -139,13 +146,13 @@ class Mover:
             with self._wake:
                 timeout = None if disk.up else self._reopen_s
                 self._wake.wait_for(self._has_work, timeout)
-                batch, specs = self._take_batch(), list(self._new_specs)
-                self._new_specs.clear()
+                batch, namespaces = self._take_batch(), list(self._namespaces)
+                self._namespaces.clear()
                 dirty, self._dirty = self._dirty, False
-                if self._closing and not batch and not specs and not dirty:
+                if self._closing and not batch and not namespaces and not dirty:
                     return
             try:
-                ended = self._serve_disk(disk, batch, specs, dirty=dirty)
+                ended = self._serve_disk(disk, batch, namespaces, dirty=dirty)
             except Exception as error:
                 self._report("disk thread", error)
                 ended = [JobDone(job.job, f"internal error: {error!r}") for job, _ in batch]
@@ -153,7 +160,7 @@ class Mover:
                 self._post(done)
 
     def _has_work(self) -> bool:
-        return bool(self._spills or self._new_specs or self._dirty or self._closing)
+        return bool(self._spills or self._namespaces or self._dirty or self._closing)
 
     def _take_batch(self) -> list[tuple[Copy, NamespaceSpec]]:
         batch: list[tuple[Copy, NamespaceSpec]] = []
@@ -167,12 +174,15 @@ class Mover:
         self,
         disk: DiskTier,
         batch: list[tuple[Copy, NamespaceSpec]],
-        specs: list[NamespaceSpec],
+        namespaces: list[NamespaceSpec | bytes],
         *,
         dirty: bool,
     ) -> list[JobDone]:
-        for spec in specs:
-            disk.add_namespace(spec)
+        for item in namespaces:
+            if isinstance(item, bytes):
+                disk.drop_namespace(item)
+            else:
+                disk.add_namespace(item)
         if not disk.up:
             self._come_back(disk)
         prepared = [self._prepare(job, spec) for job, spec in batch]

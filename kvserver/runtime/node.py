@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvproto.namespace import NamespaceSpec
 from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
-from kvserver.runtime.mover import Mover
+from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
-from kvserver.tiers.names import NamespaceLog
 from kvserver.transfer.shm import ShmServer
 
 SWEEP_S = 2.0
@@ -36,12 +35,11 @@ class Node:
         driver: Driver,
         *,
         host: HostArena,
-        mover: Mover,
         disk: DiskTier | None,
         shm: ShmServer,
         liveness: Liveness,
-        names: NamespaceLog,
-        specs: list[NamespaceSpec],
+        namespaces: Namespaces,
+        dropped: Mapping[str, int],
         report: Callable[[str, BaseException], object],
         log: logging.Logger,
     ) -> None:
@@ -50,15 +48,14 @@ class Node:
         self.epoch = host.epoch
         self.arena_id = host.arena_id
         self.draining = False
+        self._warned: set[int] = set()  # handles whose near misses were logged
         self.bytes_granted = 0  # bytes of leased regions
         self.started = time.monotonic()
-        self._mover = mover
         self._liveness = liveness
-        self._names = names
+        self._namespaces = namespaces
+        self._dropped = dropped  # counters of what the start could not restore
         self._disk = disk
         self._shm = shm
-        self._specs = {spec.id: spec for spec in specs}
-        self._warned: set[bytes] = set()
         self._report = report
         self._log = log
         self._sweeper: asyncio.Task[None] | None = None
@@ -84,6 +81,7 @@ class Node:
             "stalls": self.driver.stalls,
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
+            **self._dropped,
         }
 
     async def _sweep(self) -> None:
@@ -150,12 +148,11 @@ class Node:
             )
         event = events.OpenNamespace(self.driver.ticket(), session.id, spec)
         handle = await self.driver.ask(event, int)
-        if spec.id not in self._specs:
-            self._write_down(spec)
+        self._namespaces.add(spec)
         session.namespaces[handle] = spec
         near = self.driver.hub.near_misses(handle)
-        if near and spec.id not in self._warned:
-            self._warned.add(spec.id)
+        if near and handle not in self._warned:
+            self._warned.add(handle)
             fields = {"namespace": spec.id.hex()[:16], "model": spec.model, "near": near[:4]}
             self._log.warning("near_miss_namespace", extra={"fields": fields})
         return handle, near[:NEAR_MISSES_MAX]
@@ -169,22 +166,10 @@ class Node:
         """The size class that a full block of a namespace takes."""
         return self.driver.hub.slot_class_bytes(spec.grid.slot_bytes())
 
-    def _write_down(self, spec: NamespaceSpec) -> None:
-        try:
-            self._names.add(spec.canonical)
-        except OSError as error:
-            raise CoreError(
-                ErrorKind.UNAVAILABLE, f"the namespace cannot be written down: {error}"
-            ) from error
-        self._mover.add_namespace(spec)
-        self._specs[spec.id] = spec
-
     async def drop_namespace(self, namespace_id: bytes) -> events.Evicted:
         event = events.DropNamespace(self.driver.ticket(), namespace_id)
         evicted = await self.driver.ask(event, events.Evicted)
-        self._specs.pop(namespace_id, None)
-        self._warned.discard(namespace_id)
-        self._names.rewrite(spec.canonical for spec in self._specs.values())
+        self._namespaces.drop([namespace_id])
         return evicted
 
     # ---- draining ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Rule 3: nothing found here stops the start. What is dropped is counted by reason
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvproto.errors import FieldError
@@ -23,12 +23,13 @@ from kvserver.core.events import (
     Tier,
 )
 from kvserver.journal.record import DiskRecord
-from kvserver.tiers.entry import ValidEntry
+from kvserver.tiers.entry import ReservedEntry, ValidEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 
 BATCH_BLOCKS = 10_000
 Tell = Callable[[Event], None]
+HostScan = tuple[list[ValidEntry], list[ReservedEntry], int]
 
 
 @dataclass(slots=True)
@@ -46,11 +47,18 @@ class Recovered:
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
+    def counters(self) -> dict[str, int]:
+        """What was dropped, under the names that Stats gives it."""
+        return {f"dropped_{why.replace(' ', '_')}": count for why, count in self.dropped.items()}
+
 
 def restore_namespaces(
-    canonicals: Sequence[bytes], tell: Tell, found: Recovered
+    canonicals: Iterable[bytes], used: Collection[bytes], tell: Tell, found: Recovered
 ) -> list[NamespaceSpec]:
-    """Tell the core of every namespace that can be decoded; those specs, without repetition."""
+    """Tell the core of the namespaces whose tag is in `used`; those specs, without repetition.
+
+    One without a block is not told: its engines open it again, and it takes no place till then.
+    """
     specs: dict[bytes, NamespaceSpec] = {}
     for canonical in canonicals:
         try:
@@ -58,16 +66,19 @@ def restore_namespaces(
         except FieldError:
             found.drop("unreadable namespace")
             continue
-        specs.setdefault(spec.id, spec)
+        if spec.tag in used:
+            specs.setdefault(spec.id, spec)
     for spec in specs.values():
         tell(RestoreNamespace(spec))
     found.namespaces = len(specs)
     return list(specs.values())
 
 
-def restore_host(host: HostArena, liveness: Liveness, tell: Tell, found: Recovered) -> None:
-    """Tell the core what the arena's directory says."""
-    valid, reserved, damaged = host.scan()
+def restore_host(
+    host: HostArena, scan: HostScan, liveness: Liveness, tell: Tell, found: Recovered
+) -> None:
+    """Tell the core what the arena's directory says (`scan` is what `host.scan` gave)."""
+    valid, reserved, damaged = scan
     found.drop("damaged host entry", damaged)
     for start in range(0, len(valid), BATCH_BLOCKS):
         batch = valid[start : start + BATCH_BLOCKS]

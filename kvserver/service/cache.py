@@ -261,7 +261,8 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
 
     def _grant(self, item: events.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
         blocks = item.blocks
-        self._node.bytes_granted += sum(grid.region_bytes(region, b.tokens) for b in blocks)
+        sizes = {tokens: grid.region_bytes(region, tokens) for tokens in {b.tokens for b in blocks}}
+        self._node.bytes_granted += sum(sizes[b.tokens] for b in blocks)
         offsets, generations = convert.places_to([b.place for b in blocks])
         entries = self._driver.entries
         roots = (entries.root(b.place) if b.complete else 0 for b in blocks)

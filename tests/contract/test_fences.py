@@ -15,21 +15,27 @@ from kvclient import Client, CommitVerdict, KVError, Namespace
 from tests.contract.conftest import eventually, host_tier
 from tests.contract.peer import BLOCKS, SEED, TTL_S, Peer
 from tests.support.payload import Blocks
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 
 Serve = Callable[..., ServerProcess]
 
 
-@pytest.fixture
-def small(serve: Serve) -> ServerProcess:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A hub whose host tier holds about 14 of the peer's blocks, and which notices deaths soon."""
-    return serve(host_bytes="8MiB", session_ttl_ms=1000, heartbeat_ms=100)
+    directory = tmp_path_factory.mktemp("small")
+    with start_server(
+        directory, host_bytes="8MiB", session_ttl_ms=1000, heartbeat_ms=100
+    ) as server:
+        yield server
 
 
 @pytest.fixture
 def mine(small: ServerProcess) -> Iterator[Namespace]:
     with Client.connect(small.address, name="test") as client:
-        yield client.open_namespace(BLOCKS.spec)
+        namespace = client.open_namespace(BLOCKS.spec)
+        client.evict(namespace.id)
+        yield namespace
 
 
 def fill(namespace: Namespace, blocks: Blocks, seeds: range) -> list[bytes]:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,16 +23,24 @@ from kvclient import (
 )
 from tests.contract.conftest import eventually
 from tests.support.payload import Blocks
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 
 BLOCKS = Blocks(layers=8, heads=2, page_bytes=8192)  # 1 MiB a block
 Serve = Callable[..., ServerProcess]
 DEADLINE_S = 2.0
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One for all: it is back after every test."""
+    with start_server(tmp_path_factory.mktemp("lost")) as server:
+        yield server
+
+
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[Client]:
     with Client.connect(server.address, name="survivor", deadline_s=DEADLINE_S) as client:
+        client.evict(client.open_namespace(BLOCKS.spec).id)
         yield client
 
 
@@ -141,13 +150,17 @@ def test_a_commit_before_the_loss_is_noticed_is_typed(server: ServerProcess) -> 
     """No heartbeat has run since: the call itself finds out."""
     with Client.connect(server.address, deadline_s=DEADLINE_S) as client:
         namespace = client.open_namespace(BLOCKS.spec)
-        reservation = namespace.reserve(BLOCKS.chain(1, 1))
+        reservation = namespace.reserve(BLOCKS.chain(77, 1))
+        assert reservation.writable == [0]
         server.kill()
-        started = time.monotonic()
-        with pytest.raises((Unavailable, Gone)):
-            reservation.commit()
-        assert time.monotonic() - started < DEADLINE_S + 1
-        reservation.abort()
+        try:
+            started = time.monotonic()
+            with pytest.raises((Unavailable, Gone)):
+                reservation.commit()
+            assert time.monotonic() - started < DEADLINE_S + 1
+            reservation.abort()
+        finally:
+            server.restart()
 
 
 def test_a_stopped_hub_costs_the_deadline_and_not_the_session(
@@ -231,7 +244,7 @@ async def test_a_call_under_way_when_the_client_closes(server: ServerProcess) ->
 def test_connect_and_close_leak_nothing(server: ServerProcess) -> None:
     def state() -> tuple[int, int]:
         gc.collect()
-        maps = open("/proc/self/maps").read().count(str(server.host_dir))  # noqa: SIM115
+        maps = Path("/proc/self/maps").read_text().count(str(server.host_dir))
         return len(os.listdir("/proc/self/fd")), maps
 
     def use() -> None:

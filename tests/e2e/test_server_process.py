@@ -88,6 +88,36 @@ def test_durable_blocks_survive_the_loss_of_the_memory(serve: Serve) -> None:
     assert pull(server) == len(KEYS)
 
 
+def test_a_disk_that_is_added_later_knows_the_namespaces_of_before(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve()
+    push(server)
+    server.terminate()
+    server.restart(disk_bytes="64MiB", disk_path=str(tmp_path / "disk"))
+    assert pull(server) == len(KEYS)  # and so verified
+    assert push(server, durable=True) == 0  # all present: only written to disk
+    server.kill()
+    (server.host_dir / "arena").unlink()
+    (server.host_dir / "namespaces").unlink()
+    server.restart()
+    assert pull(server) == len(KEYS)
+
+
+def test_three_tiers_serve_the_same_bytes(serve: Serve) -> None:
+    server = serve(disk_bytes="64MiB", device_bytes="16MiB", host_bytes="16MiB")
+    keys = [key for seed in range(20, 26) for key in BLOCKS.chain(seed, 12)]
+    for start in range(0, len(keys), 12):
+        assert push(server, keys[start : start + 12], durable=True) == 12
+    for _ in range(5):
+        assert pull(server, keys[:24]) == 24
+    assert pull(server, keys) == len(keys)
+    stats = server.stats()
+    assert slots_add_up(stats)
+    assert stats.counters["uploads"] > 0
+    assert not stats.counters["incidents"]
+
+
 def test_sigterm_drains_the_write_behind(serve: Serve) -> None:
     server = serve(disk_bytes="64MiB", failpoints="spill.before_write=sleep:0.3")
     assert push(server) == len(KEYS)

@@ -19,16 +19,19 @@ from kvserver.runtime.recovery import Recovered, restore_disk, restore_host, res
 from kvserver.tiers.entry import InvalidEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
+from tests.support.payload import Blocks
 from tests.unit.runtime.conftest import BLOCKS, SLOT, put_block
 
 KEYS = BLOCKS.chain(1, 4)
+UNUSED = Blocks(name="unused")
 
 
-def test_namespaces_are_told_once_and_damaged_ones_counted() -> None:
+def test_used_namespaces_are_told_once_and_damaged_ones_counted() -> None:
     told: list[Event] = []
     found = Recovered()
     canonical = BLOCKS.spec.canonical
-    specs = restore_namespaces([canonical, b"garbage", canonical], told.append, found)
+    canonicals = [canonical, b"garbage", UNUSED.spec.canonical, canonical]
+    specs = restore_namespaces(canonicals, {BLOCKS.spec.tag}, told.append, found)
     assert told == [RestoreNamespace(BLOCKS.spec)]
     assert specs == [BLOCKS.spec]
     assert found.dropped == {"unreadable namespace": 1}
@@ -48,7 +51,7 @@ def test_blocks_are_told_and_reserved_slots_judged_by_their_writers(host: HostAr
     again = HostArena.open(directory, 8 << 20)
     told: list[Event] = []
     found = Recovered()
-    restore_host(again, liveness, told.append, found)
+    restore_host(again, again.scan(), liveness, told.append, found)
     os.close(lock)
     (blocks,) = (e for e in told if isinstance(e, RestoreBlocks))
     assert [(b.key, b.offset, b.generation) for b in blocks.blocks] == [

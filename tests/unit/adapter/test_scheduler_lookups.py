@@ -1,0 +1,214 @@
+"""Lookups of the scheduler half: never blocking, bounded, and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvserver_vllm.scheduler import FRESH_S
+from tests.support.scheduler_world import PAGE, FakeHub, FakeRequest, World
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while FakeHub.opened:
+        FakeHub.opened.pop().close()
+
+
+# ---- lookups ---------------------------------------------------------------------------------
+
+
+def test_none_until_the_answer_then_the_tokens_beyond_the_local_hit(world: World) -> None:
+    request = world.new(FakeRequest("a", 900))
+    assert world.match(request) == (None, False)
+    world.hub.answer(5)
+    assert world.match(request) == (640, True)
+    assert world.match(request, 64) == (576, True)
+    assert world.match(request, 640) == (0, False)
+    assert world.match(request, 896) == (0, False)
+    assert world.hub.lookups[0][0] == request.hashes()
+
+
+def test_a_late_answer_is_a_miss_that_is_remembered(world: World) -> None:
+    request = world.new(FakeRequest("a", 300))
+    world.now += 0.099
+    assert world.match(request) == (None, False)
+    world.now += 0.002
+    assert world.match(request) == (0, False)
+    world.hub.answer(2)
+    assert world.match(request) == (0, False)
+
+
+def test_no_answer_is_a_miss_at_once(world: World) -> None:
+    request = world.new(FakeRequest("a", 300))
+    world.hub.fail()
+    assert world.match(request) == (0, False)
+
+
+def test_a_hub_known_to_be_away_is_not_asked(world: World) -> None:
+    world.hub.responsive = False
+    request = world.new(FakeRequest("a", 300))
+    assert world.hub.lookups == []
+    assert world.match(request) == (0, False)
+
+
+def test_before_the_namespace_is_known_nothing_is_asked(world: World) -> None:
+    world.half.open(b"", PAGE, {})
+    request = world.new(FakeRequest("a", 300))
+    assert world.match(request) == (0, False)
+    assert world.hub.lookups == []
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"skip_reading_prefix_cache": True},
+        {"sampling_params": SimpleNamespace(prompt_logprobs=3)},
+    ],
+)
+def test_requests_that_want_every_token_computed_are_not_looked_up_but_saved(
+    world: World, attributes: dict[str, Any]
+) -> None:
+    request = world.new(FakeRequest("a", 300, **attributes))
+    assert world.hub.lookups == []
+    assert world.match(request) == (0, False)
+    world.alloc(request)
+    assert [len(job.blocks) for job in world.step(a=300).saves] == [2]
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"abort_immediately": True}, {"finished": True}, {"resumable": True}]
+)
+def test_rejected_and_streamed_requests_are_left_alone(
+    world: World, attributes: dict[str, Any]
+) -> None:
+    request = world.new(FakeRequest("a", 300, **attributes))
+    assert world.match(request) == (0, False)
+    world.alloc(request)
+    assert world.hub.lookups == world.hub.announced == []
+    assert world.step(a=300).saves == []
+    world.half.finished(request)
+
+
+def test_prompts_shorter_than_a_block_ask_nothing(world: World) -> None:
+    request = world.new(FakeRequest("a", 127))
+    assert world.hub.lookups == []
+    assert world.match(request) == (0, False)
+
+
+def test_an_old_answer_is_asked_for_again(world: World) -> None:
+    request = world.new(FakeRequest("a", 300), usable=2)
+    assert world.match(request) == (256, True)
+    world.now += FRESH_S + 0.1
+    assert world.match(request) == (None, False)
+    world.hub.answer(1)
+    assert world.match(request) == (128, True)
+
+
+def test_lookups_pin_only_with_an_expiry(world: World) -> None:
+    world.new(FakeRequest("a", 300))
+    assert 0 < world.hub.lookups[0][1] <= 5
+
+
+def test_a_producer_looks_nothing_up_and_waits_only_for_its_hashes() -> None:
+    world = World(options={"loads": False})
+    request = FakeRequest("a", 300)
+    world.half.on_new_request(request)
+    assert world.match(request) == (None, False)
+    world.hub.turn()
+    assert world.match(request) == (0, False)
+    assert world.hub.lookups == []
+
+
+def test_extra_keys_change_the_chain(world: World) -> None:
+    def item(name: str, offset: int, length: int) -> SimpleNamespace:
+        position = SimpleNamespace(offset=offset, length=length)
+        return SimpleNamespace(identifier=name, mm_position=position)
+
+    variants: list[dict[str, Any]] = [
+        {},
+        {"cache_salt": "s"},
+        {"cache_salt": "t"},
+        {"lora_request": SimpleNamespace(digest=b"x" * 32)},
+        {"lora_request": SimpleNamespace(digest=b"y" * 32)},
+        {"mm_features": [item("cat", 140, 10)]},
+        {"mm_features": [item("dog", 140, 10)]},
+        {"mm_features": [item("cat", 141, 10)]},
+        {"mm_features": [item("cat", 120, 30)]},
+    ]
+    chains = []
+    for number, attributes in enumerate(variants):
+        world.new(FakeRequest(str(number), 300, **attributes))
+        chains.append(tuple(world.hub.lookups[-1][0]))
+    assert len(set(chains)) == len(chains)
+    assert len({chain[1] for chain in chains}) == len(chains)
+    # Items that begin in the second block leave the first alone.
+    assert chains[5][0] == chains[6][0] == chains[0][0]
+
+
+def test_prompt_embeddings_are_keyed_by_their_bytes(world: World) -> None:
+    torch = pytest.importorskip("torch")
+    base = torch.zeros(256, 4)
+    other = base.clone()
+    other[200, 2] = 1
+    for number, embeds in enumerate((base, base.clone(), other)):
+        world.new(FakeRequest(str(number), 256, prompt_embeds=embeds))
+    first, same, changed = (keys for keys, _, _ in world.hub.lookups)
+    assert first == same
+    assert first[0] == changed[0]
+    assert first[1] != changed[1]
+
+
+# ---- waiting for another writer --------------------------------------------------------------
+
+
+def test_waits_for_blocks_that_another_engine_writes_holding_nothing(world: World) -> None:
+    request = world.new(FakeRequest("a", 900))
+    world.hub.answer(2, live=7)
+    assert world.match(request) == (None, False)
+    world.now += 0.03
+    assert world.match(request) == (None, False)
+    world.hub.answer(7)
+    assert world.hub.lookups[-1][1] == 0.0
+    assert world.match(request) == (896, True)
+    assert world.tables == {}
+
+
+def test_waits_no_longer_than_wait_ms(world: World) -> None:
+    request = world.new(FakeRequest("a", 900))
+    world.hub.answer(2, live=7)
+    waited = 0.0
+    while world.match(request) == (None, False):
+        world.now += 0.025
+        waited += 0.025
+        world.hub.turn()
+        if not world.hub.lookups[-1][2].done():
+            world.hub.answer(2, live=7)
+        assert waited < 1
+    assert waited == pytest.approx(0.5, abs=0.06)
+    assert world.match(request) == (256, True)
+
+
+def test_does_not_wait_for_its_own_announcements(world: World) -> None:
+    first = world.new(FakeRequest("a", 900), usable=0)
+    world.match(first)
+    world.alloc(first)
+    assert world.hub.announced == [first.hashes()]
+    second = world.new(FakeRequest("b", 900))
+    world.hub.answer(0, live=7)
+    assert world.match(second) == (0, False)
+    world.half.finished(first)
+    third = world.new(FakeRequest("c", 900))
+    world.hub.answer(0, live=7)
+    assert world.match(third) == (None, False)
