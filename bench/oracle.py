@@ -60,9 +60,10 @@ def judge(
     for number, (output, wanted) in enumerate(zip(outputs, reference, strict=True), 1):
         if output.tokens != wanted.tokens[: len(output.tokens)]:
             problems.append(f"prompt {number}: other tokens than without the hub")
-        difference = max(difference, logprob_difference(output, wanted))
-    if difference > LOGPROB_TOLERANCE:
-        problems.append(f"log-probabilities differ by {difference:.1e}")
+        differs = logprob_difference(output, wanted)
+        if differs > LOGPROB_TOLERANCE:
+            problems.append(f"prompt {number}: log-probabilities differ by {differs:.1e}")
+        difference = max(difference, differs)
     distinct = len({token for output in outputs for token in output.tokens})
     if distinct < min(DISTINCT_TOKENS_MIN, len(outputs)):
         problems.append(f"only {distinct} distinct tokens: equal outputs prove little")

@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -83,6 +84,8 @@ async def run(settings: Settings) -> int:
     logs.configure(level=settings.log_level, style=settings.log_format)
     failpoints.arm(os.environ.get(failpoints.ENVIRONMENT_VARIABLE, ""))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each engine takes a few
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -282,6 +285,7 @@ class Server:
             live_max=self.settings.namespaces_max,
         )
         self.namespaces.restored(specs, journaled)
+        found.drop("unreadable arena", int(self.host.unreadable))
         found.seconds = round(time.monotonic() - started, 3)
         self._dropped = found.counters()
         level = logging.WARNING if found.dropped else logging.INFO
@@ -334,7 +338,10 @@ class Server:
         self.metrics = Metrics(scrape)
         if not self.settings.metrics_listen:
             return ""
-        listen = self.metrics.listen(self.settings.metrics_listen)
+        try:
+            listen = self.metrics.listen(self.settings.metrics_listen)
+        except OSError as error:
+            raise StartError(f"metrics_listen: {self.settings.metrics_listen}: {error}") from error
         self._parts.push_async_callback(asyncio.to_thread, self.metrics.close)
         return listen
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from enum import Enum
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -30,21 +30,21 @@ from kvserver.core.events import BlockState, Tier
 ABSENT, ANNOUNCED, FILLING, COMPLETE = BlockState
 
 
-class Action(Enum):
+class Action(IntEnum):
     """What happens to a block."""
 
-    ANNOUNCE = "announced"
-    WITHDRAW = "no announcement is left"
-    RESERVE = "first cells reserved"
-    FILL = "all cells committed"
-    RESTORE = "found by recovery"
-    EXPIRE = "a writer ended without fence"
-    DROP = "dropped by an operator"
-    LAPSE = "partial and nobody writes it"
-    LOSE = "its last copy is gone"
+    ANNOUNCE = 0
+    WITHDRAW = 1  # no announcement is left
+    RESERVE = 2  # its first cells are reserved
+    FILL = 3  # all cells are committed
+    RESTORE = 4  # found by recovery
+    EXPIRE = 5  # a writer ended without fence
+    DROP = 6  # by an operator
+    LAPSE = 7  # partial, and nobody writes it
+    LOSE = 8  # its last copy is gone
 
 
-TRANSITIONS: dict[tuple[BlockState, Action], BlockState] = {
+TRANSITIONS: dict[tuple[int, int], BlockState] = {
     (ABSENT, Action.ANNOUNCE): ANNOUNCED,
     (ABSENT, Action.RESERVE): FILLING,
     (ABSENT, Action.RESTORE): COMPLETE,
@@ -94,14 +94,18 @@ class History:
     """The last transitions of all blocks, a ring; told when one turns out impossible."""
 
     def __init__(self, length: int) -> None:
-        self._ring: deque[tuple[float, int, str]] = deque(maxlen=length)
+        self._ring: deque[tuple[float, int, int, BlockState, Action]] = deque(maxlen=length)
         self.now = 0.0
 
-    def note(self, row: int, what: str) -> None:
-        self._ring.append((self.now, row, what))
+    def note(self, row: int, state: int, target: BlockState, action: Action) -> None:
+        self._ring.append((self.now, row, state, target, action))
 
     def story(self, row: int) -> str:
-        lines = [f"  {at:.3f} {what}" for at, who, what in self._ring if who == row]
+        lines = [
+            f"  {at:.3f} {action.name}: {BlockState(state).name} -> {target.name}"
+            for at, who, state, target, action in self._ring
+            if who == row
+        ]
         return "\n".join(lines[-20:]) or "  (no remembered event)"
 
 
@@ -186,14 +190,14 @@ class BlockTable(Columns):
 
     def move(self, row: int, action: Action) -> BlockState:
         """Change a block's state. InvariantError, with its story, when TRANSITIONS has no way."""
-        state = BlockState(self.state[row])
+        state = self.state[row]
         target = TRANSITIONS.get((state, action))
         if target is None:
             raise InvariantError(
-                f"block {self.keys[row].hex()[:16]} is {state.name}, impossible: {action.value}\n"
-                + self.history.story(row)
+                f"block {self.keys[row].hex()[:16]} is {BlockState(state).name}, impossible: "
+                f"{action.name}\n{self.history.story(row)}"
             )
-        self.history.note(row, f"{state.name} -> {target.name}: {action.value}")
+        self.history.note(row, state, target, action)
         self.state[row] = target
         self.counts[state] -= 1
         self.counts[target] += 1

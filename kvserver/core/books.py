@@ -27,6 +27,8 @@ from kvserver.core.slots import COMMITTED, QUARANTINED, SlotAction, SlotTable
 from kvserver.core.timers import Timers
 
 DEVICE, HOST, DISK = Tier.DEVICE, Tier.HOST, Tier.DISK
+_TIERS = (DEVICE, HOST, DISK)
+_EVICTED = {tier: f"evicted_{tier.name.lower()}" for tier in Tier}
 _MASKS_MAX = 256
 
 COUNTERS = (
@@ -213,7 +215,7 @@ class Books:
 
     def evict(self, tier: Tier, slot: int) -> None:
         """Empty an evictable slot; a block that is nowhere else leaves the table."""
-        self.counters[f"evicted_{tier.name.lower()}"] += 1
+        self.counters[_EVICTED[tier]] += 1
         self.lose(self.slots[tier].row[slot], tier)
 
     def lose(self, row: int, tier: Tier) -> None:
@@ -241,7 +243,7 @@ class Books:
         blocks = self.blocks
         for hook in self.before_leave:
             hook(row)
-        for tier in Tier:
+        for tier in _TIERS:
             if blocks.slot[tier][row]:
                 self.detach(row, tier)
         if blocks.state[row] == COMPLETE:

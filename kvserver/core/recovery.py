@@ -178,6 +178,8 @@ class Recovery:
                 table.generation[slot] = item.generation
             table.settle(slab)
             start = stop
+        name = "restored_host" if tier == HOST else "restored_disk"
+        self._books.counters[name] += sum(item.block is not None for item in kept)
         for item, slot in placed:
             if item.block is not None:
                 self._adopt(tier, item.handle, item.block, slot)
@@ -201,7 +203,6 @@ class Recovery:
         books.namespaces[handle].bytes += block.slot_bytes
         if tier == HOST:
             blocks.suspect[row] |= bit(HOST)
-        books.counters[f"restored_{tier.name.lower()}"] += 1
 
     def _drop(self, table: SlotTable, kept: list[_Found], dropped: list[_Found]) -> None:
         taken = {item.offset for item in kept}

@@ -14,7 +14,7 @@ are neither FREE nor COMMITTED without a pin.
 from __future__ import annotations
 
 from array import array
-from enum import Enum, IntEnum
+from enum import IntEnum
 
 from kvserver.core.columns import Columns
 from kvserver.core.errors import InvariantError
@@ -34,18 +34,18 @@ class SlotState(IntEnum):
 DEAD, FREE, FILLING, TARGET, COMMITTED, QUARANTINED = SlotState
 
 
-class SlotAction(Enum):
-    RESERVE = "given to a writer"
-    AIM = "given to a copy"
-    RESTORE = "found with a block"
-    SUSPECT = "found with writers"
-    COMPLETE = "holds a whole block"
-    HOLD = "left by its block, still touched"
-    FREE = "nobody touches it"
-    CLOSE = "slab closed"
+class SlotAction(IntEnum):
+    RESERVE = 0  # given to a writer
+    AIM = 1  # given to a copy
+    RESTORE = 2  # found with a block
+    SUSPECT = 3  # found with writers
+    COMPLETE = 4  # holds a whole block
+    HOLD = 5  # left by its block, still touched
+    FREE = 6  # nobody touches it
+    CLOSE = 7  # its slab is closed
 
 
-TRANSITIONS: dict[tuple[SlotState, SlotAction], SlotState] = {
+TRANSITIONS: dict[tuple[int, int], SlotState] = {
     (FREE, SlotAction.RESERVE): FILLING,
     (FREE, SlotAction.AIM): TARGET,
     (FREE, SlotAction.RESTORE): COMMITTED,
@@ -92,14 +92,14 @@ class SlotTable(Columns):
     # ---- lifecycle
 
     def move(self, slot: int, action: SlotAction) -> None:
-        state = SlotState(self.state[slot])
+        state = self.state[slot]
         target = TRANSITIONS.get((state, action))
         slab = self.slab[slot]
         if target is None or slab is None:
             raise InvariantError(
                 f"{self.tier.name} slot {slot} at {self.offset[slot]} (generation "
-                f"{self.generation[slot]}, block {self.row[slot]}) is {state.name}, impossible: "
-                f"{action.value}"
+                f"{self.generation[slot]}, block {self.row[slot]}) is {SlotState(state).name}, "
+                f"impossible: {action.name}"
             )
         was_busy = self._is_busy(slot)
         self.state[slot] = target

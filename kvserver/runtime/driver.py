@@ -241,7 +241,12 @@ class Driver:
 
     def _poll_suspects(self) -> None:
         for client in sorted(self.hub.suspects()):
-            if self._is_dead(client):
+            try:
+                dead = self._is_dead(client)
+            except OSError as error:  # out of descriptors, say: the quarantine stands meanwhile
+                self._log.warning("liveness_unknown", extra={"fields": {"reason": str(error)}})
+                return
+            if dead:
                 self.tell(ClientDead(client))
 
     # ---- instructions --------------------------------------------------------------------

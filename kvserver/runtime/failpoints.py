@@ -1,6 +1,6 @@
 """Named places where a test may kill, delay or fail the server.
 
-    KVSERVER_FAILPOINTS="spill.before_valid=kill;promote.read=sleep:0.5;journal.put=errno:ENOSPC@3-5"
+    KVSERVER_FAILPOINTS="spill.write=kill@3;promote.read=sleep:0.5;journal.put=errno:ENOSPC@3-5"
 
 `name=action[@first[-last]]`, separated by semicolons. Actions: `kill` (SIGKILL to this process),
 `sleep:SECONDS`, `errno:NAME` (raises OSError). Without a range every hit fires; `@3` fires at the

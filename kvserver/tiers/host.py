@@ -83,6 +83,7 @@ class HostArena:
         self.notes: list[str] = []
         self.warm = False
         self.cold_reason = ""
+        self.unreadable = False  # there was an arena, and its header made no sense
         self.arena_id = header.arena_id
         self.table_offset = header.table_offset
         self.data_offset = header.data_offset
@@ -155,6 +156,7 @@ class HostArena:
                 os.close(fd)
             raise
         arena.warm, arena.cold_reason = not found.reason, found.reason
+        arena.unreadable = found.unreadable
         if arena.warm:
             arena._header.step(0, EPOCH_WORD, header.epoch + 1, seed=0)
         return arena
@@ -258,6 +260,10 @@ class _Found(NamedTuple):
     fd: int  # -1: no file
     header: ArenaHeader | None  # None: unreadable
     reason: str  # why the file cannot be reused; empty if it can
+
+    @property
+    def unreadable(self) -> bool:
+        return self.fd >= 0 and self.header is None
 
 
 def _find(path: Path, data_bytes: int, *, keep: bool) -> _Found:

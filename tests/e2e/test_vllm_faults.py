@@ -22,6 +22,8 @@ PROMPT = prompt(31, 640)
 BLOCKS = len(PROMPT) // BLOCK
 STOPPED_S = 20.0
 LOOKUP_MS = 500
+PIN_MS = 2000
+RESUME_S = 5.0
 
 
 @dataclass
@@ -33,12 +35,26 @@ class World:
 
     def answer(self, tokens: int = TOKENS) -> Generated:
         """The prompt again, with nothing of it left in the engine's own cache."""
-        self.engine.idle(0.3)
-        assert self.engine.reset_prefix_cache()
+        self.forget()
         return self.engine.generate(PROMPT, tokens=tokens)
+
+    def forget(self, *, connector: bool = False) -> None:
+        """Empty the engine's own cache, once no push pins its blocks any more."""
+
+        def done() -> bool:
+            self.engine.idle(0.1)
+            return self.engine.reset_prefix_cache(connector=connector)
+
+        wait_for("a reset of the prefix cache", done, 2 * PIN_MS / 1e3)
 
     def pulled(self) -> int:
         return sum(event["event"] == "pulled" for event in read_events(self.log))
+
+    def resumed_after(self, since: float) -> float:
+        """Seconds from `since` (monotonic) to the first block that was pulled after it."""
+        wait_for("a hit", self.hit, 30.0)
+        events = read_events(self.log)
+        return next(e["t"] for e in events if e["event"] == "pulled" and e["t"] > since) - since
 
     def hit(self) -> bool:
         before = self.pulled()
@@ -56,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     try:
         server.kill()
         config = hub_config(
-            server.address, event_log=path / "log.jsonl", lookup_ms=LOOKUP_MS, pin_ms=2000
+            server.address, event_log=path / "log.jsonl", lookup_ms=LOOKUP_MS, pin_ms=PIN_MS
         )
         with Engine.start(model, config=config) as engine:
             engine.generate(prompt(99, 300), tokens=2)
@@ -80,18 +96,19 @@ def test_2_hits_begin_within_seconds_of_the_hubs_start(world: World) -> None:
         world.answer()
         return bool(cells(read_events(world.log), "pushed"))
 
-    wait_for("a push", pushed, 5.0)
+    wait_for("a push", pushed, 30.0)
     wait_pushed(world.log, BLOCKS)
+    first = next(e["t"] for e in read_events(world.log) if e["event"] == "pushed")
+    assert first - started < RESUME_S
     assert world.hit()
-    assert time.monotonic() - started < 10
 
 
 def test_3_a_killed_hub_costs_nothing_but_its_hits(world: World) -> None:
-    call = world.engine.begin([PROMPT], tokens=200)
+    call = world.engine.begin([PROMPT], tokens=100)
     time.sleep(0.1)
     world.server.kill()
     (got,) = world.engine.finish(call)
-    assert len(got.tokens) == 200
+    assert len(got.tokens) == 100
     assert got.tokens[:TOKENS] == world.baseline.tokens
     began = time.monotonic()
     assert answer_complaints(world.answer(), world.baseline) == []
@@ -101,7 +118,7 @@ def test_3_a_killed_hub_costs_nothing_but_its_hits(world: World) -> None:
 def test_4_hits_resume_within_five_seconds_of_the_restart(world: World) -> None:
     """The host tier came back warm: what was pushed before the kill is there."""
     world.server.restart()
-    wait_for("a hit", world.hit, 5.0)
+    assert world.resumed_after(time.monotonic()) < RESUME_S
 
 
 def test_5_a_stopped_hub_holds_no_request_up(world: World) -> None:
@@ -117,21 +134,20 @@ def test_5_a_stopped_hub_holds_no_request_up(world: World) -> None:
         # The first one waits for its lookup; none waits for the hub.
         assert slowest < LOOKUP_MS / 1e3 + 2.0
     finally:
+        continued = time.monotonic()
         world.server.cont()
-    wait_for("a hit", world.hit, 5.0)
+    assert world.resumed_after(continued) < RESUME_S
 
 
 def test_6_aborted_requests_leave_nothing_behind(world: World) -> None:
     for after_s in (0.0, 0.005, 0.02, 0.1):
-        world.engine.idle(0.2)
-        assert world.engine.reset_prefix_cache()
+        world.forget()
         world.engine.abort_during(PROMPT, tokens=50, after_s=after_s)
     wait_for("a hit", world.hit, 10.0)
 
 
 def test_7_equal_prompts_at_once_load_once(world: World) -> None:
-    world.engine.idle(0.3)
-    assert world.engine.reset_prefix_cache()
+    world.forget()
     before = world.pulled()
     for got in world.engine.generate_many([PROMPT] * 4, tokens=TOKENS):
         assert got.tokens == world.baseline.tokens
@@ -139,8 +155,7 @@ def test_7_equal_prompts_at_once_load_once(world: World) -> None:
 
 
 def test_8_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
-    world.engine.idle(0.3)
-    assert world.engine.reset_prefix_cache(connector=True)
+    world.forget(connector=True)
     before = world.pulled()
     assert answer_complaints(world.engine.generate(PROMPT, tokens=TOKENS), world.baseline) == []
     assert world.pulled() == before

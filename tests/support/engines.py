@@ -279,10 +279,7 @@ class Engine:
         return int(self._process.returncode)
 
     def close(self) -> None:
-        """End the process and its children, whatever they do."""
-        if self._process.poll() is None:
-            with contextlib.suppress(EngineError):
-                self.stop(15.0)
+        """End the process and its children at once, whatever they do."""
         self._kill_group()
         self._process.wait(10)
         for stream in (self._process.stdin, self._process.stdout):
@@ -302,4 +299,8 @@ class Engine:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        """Ask it to end, unless something went wrong; then see to it."""
+        with contextlib.suppress(EngineError):
+            if error is None:
+                self.stop()
         self.close()

@@ -303,5 +303,11 @@ class World:
     def tier(self, tier: ev.Tier) -> Any:
         return self.hub.stats(self.now).tiers[tier]
 
+    def tiers_of(self, namespace: int, key: bytes) -> set[ev.Tier]:
+        """Where a block is, without using it."""
+        blocks = self.hub._books.blocks
+        bits = blocks.resident[blocks.find(namespace, key)]
+        return {tier for tier in ev.Tier if bits >> (tier - 1) & 1}
+
     def counter(self, name: str) -> int:
         return self.hub.stats(self.now).counters[name]

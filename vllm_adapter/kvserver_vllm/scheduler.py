@@ -367,7 +367,7 @@ class SchedulerHalf:
         """vLLM's build_connector_meta; reads `output` only."""
         meta = StepMeta(loads=self._outgoing, aborts=self._aborts)
         self._outgoing, self._aborts = [], []
-        if self._saves and self._spec:
+        if self._saves and self._spec and self._hub.responsive:
             blocks = self._blocks_to_save(output)
             for start in range(0, len(blocks), JOB_BLOCKS_MAX):
                 self._job += 1

@@ -11,7 +11,16 @@ pytest.importorskip("vllm")
 
 from kvserver_vllm.layout import SKIP
 from kvserver_vllm.scheduler import JOB_BLOCKS_MAX, Answer
-from tests.support.scheduler_world import BLOCK, PAGE, FakeHub, FakeRequest, World, start_load
+from tests.support.scheduler_world import (
+    BLOCK,
+    ENGINE_BLOCK,
+    PAGE,
+    SPEC,
+    FakeHub,
+    FakeRequest,
+    World,
+    start_load,
+)
 
 
 @pytest.fixture
@@ -208,6 +217,20 @@ def test_a_block_is_saved_in_the_step_that_completes_it(world: World) -> None:
         request.num_computed_tokens += step
     hashes = request.hashes()
     assert saved == [[], hashes[:3], hashes[3:7]]
+
+
+def test_while_the_hub_is_away_nothing_is_pinned_and_later_steps_make_up_for_it(
+    world: World,
+) -> None:
+    request = world.new(FakeRequest("a", 300), usable=0)
+    table = world.alloc(request)
+    world.hub.responsive = False
+    assert world.step(a=256).saves == []
+    assert world.pinned(table) == []
+    request.num_computed_tokens = 256
+    world.hub.responsive = True
+    (job,) = world.step(a=44).saves
+    assert [block.hash for block in job.blocks] == request.hashes()
 
 
 def test_parents_are_the_chain(world: World) -> None:

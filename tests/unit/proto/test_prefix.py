@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ VECTORS = [
     (SALTED, ROOT, list(range(128)), [b"salt"]),
     (ADAPTED, ROOT, list(range(128)), [b"", b"lora:\x00\x01\x02\x03"]),
 ]
+
+TEXT: Any = ["text"]
+BARE: Any = b"salt"  # not in a list
 
 tokens_lists = st.lists(st.integers(0, 0xFFFF_FFFF), max_size=300)
 extras = st.lists(st.binary(max_size=40), max_size=4)
@@ -194,8 +198,8 @@ def test_bad_tokens_are_named(tokens: list[int], shown: str) -> None:
         (lambda: prefix_hashes([1], 65_537), "block_tokens", "from 1 to 65536"),
         (lambda: block_hash(ROOT, [1], [b""] * (EXTRA_KEYS_MAX + 1)), "extra", "at most 4096"),
         (lambda: block_hash(ROOT, [1], [bytes(EXTRA_KEY_BYTES_MAX + 1)]), "extra", "65536 bytes"),
-        (lambda: block_hash(ROOT, [1], ["text"]), "extra", "byte strings"),  # type: ignore[list-item]
-        (lambda: block_hash(ROOT, [1], b"salt"), "extra", "byte strings"),  # type: ignore[arg-type]
+        (lambda: block_hash(ROOT, [1], TEXT), "extra", "byte strings"),
+        (lambda: block_hash(ROOT, [1], BARE), "extra", "byte strings"),
         (lambda: pack_hashes([bytes(31)]), "hashes", "32 bytes"),
         (lambda: unpack_hashes("hashes", bytes(33), count_max=9), "hashes", "a multiple of 32"),
         (lambda: unpack_hashes("parents", bytes(96), count_max=2), "parents", "at most 2 keys"),

@@ -246,6 +246,29 @@ async def test_the_death_of_a_writer_lifts_its_quarantine(rig: Rig) -> None:
     assert rig.driver.stats().tiers[ev.Tier.HOST].quarantined == 0
 
 
+async def test_a_liveness_that_cannot_be_asked_keeps_the_quarantine(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(_: int) -> bool:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(rig.driver, "_is_dead", exhausted)
+    reserved = await rig.reserve()
+    abort = ev.Abort(rig.driver.ticket(), SESSION, reserved.reservation, drained=False)
+    await rig.driver.ask(abort, type(None))
+    for _ in range(10):
+        rig.clock.now += 0.5
+        await asyncio.sleep(0.01)
+    assert rig.driver.stats().tiers[ev.Tier.HOST].quarantined == 4
+    monkeypatch.setattr(rig.driver, "_is_dead", lambda _: True)
+    for _ in range(200):
+        rig.clock.now += 0.1
+        await asyncio.sleep(0.01)
+        if not rig.driver.stats().tiers[ev.Tier.HOST].quarantined:
+            break
+    assert rig.driver.stats().tiers[ev.Tier.HOST].quarantined == 0
+
+
 async def test_posted_events_share_one_wake_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     wakes: list[object] = []
