@@ -56,6 +56,7 @@ class Namespace:
     misses: int = 0
     sessions: set[int] = field(default_factory=set)
     masks: dict[Region, int] = field(default_factory=dict)
+    classes: dict[int, int] = field(default_factory=dict)  # by tokens
 
     def mask(self, region: Region) -> int:
         """Bits of a region's cells; the region must have been checked."""
@@ -68,14 +69,17 @@ class Namespace:
 
     def slot_bytes(self, tokens: int) -> int:
         """The size class of a block of so many tokens."""
-        return slot_class_bytes(self.grid.slot_bytes(tokens))
+        size = self.classes.get(tokens)
+        if size is None:
+            size = self.classes[tokens] = slot_class_bytes(self.grid.slot_bytes(tokens))
+        return size
 
 
 class Books:
     def __init__(self, config: HubConfig) -> None:
         self.config = config
         self.now = 0.0  # on the hub's own clock, which does not run while the server stands still
-        self.stamp = 1  # grows with each use of blocks
+        self.stamp = 1  # grows with each call that writes or uses blocks
         self.out: list[Instruction] = []
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.timers = Timers()

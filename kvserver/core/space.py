@@ -2,7 +2,7 @@
 
 Theory of operation. A class that must evict compares its own coldest block with those of the other
 classes. Where another class keeps colder ones it takes a run of that class's slabs instead, if
-at most half of what stands there was used later than its own victim: so classes of equal worth
+at most a quarter of what stands there was used later than its own victim: so classes of equal worth
 leave each other alone, and bytes follow the load. A class that has nothing to evict takes the
 cheapest run there is; one whose slots are in use is closed, and comes when they are released.
 
@@ -20,7 +20,7 @@ from kvserver.core.events import Tier
 from kvserver.core.slabs import Slab
 from kvserver.core.slots import SlotAction, SlotTable
 
-_REGRET_MAX = 0.5
+_REGRET_MAX = 0.25
 _SEARCH_PAUSE = 64  # evictions of a class between two searches for a colder slab
 _WINDOWS_JUDGED = 8
 _SLOTS_JUDGED = 32

@@ -317,6 +317,7 @@ class Writing:
         if namespace is not None:
             mask = namespace.mask(namespace.grid.check(event.region))
         self._check_commit(event, reservation, mask)
+        self._books.stamp += 1
         verdicts, completed, durable = [], 0, set()
         for position, at in enumerate(event.indices):
             filling = reservation.blocks.get(at)

@@ -233,8 +233,9 @@ def test_ranks_find_each_other_again(server: ServerProcess) -> None:
 async def test_a_call_under_way_when_the_client_closes(server: ServerProcess) -> None:
     client = await AsyncClient.connect(server.address)
     namespace = await client.open_namespace(BLOCKS.spec)
-    await namespace.announce(BLOCKS.chain(1, 1), 30)
-    waiting = asyncio.create_task(namespace.pull(BLOCKS.chain(1, 1), BLOCKS.out(1), wait_s=20))
+    keys = BLOCKS.chain(555, 1)
+    await namespace.announce(keys, 30)
+    waiting = asyncio.create_task(namespace.pull(keys, BLOCKS.out(1), wait_s=20))
     await asyncio.sleep(0.2)
     await client.close()
     with pytest.raises(KVError):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from kvclient import Client
-from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import ROOT, prefix_hashes
 from tests.support.engines import Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
     page_complaints,
+    the_spec,
     wait_connected,
     wait_pushed,
 )
@@ -194,23 +194,3 @@ def test_the_oracle_sees_one_corrupted_page(cluster: Cluster, answers: list[Gene
     pulled = cells(cluster.pulled_for(hashes), "pulled")
     assert len(page_complaints(pushed, pulled)) == 1
     assert answer_complaints(got, cluster.baseline[number]) != []
-
-
-def the_spec(client: Client) -> NamespaceSpec:
-    """The one namespace of this hub, as its own answer tells it."""
-    (known,) = client.list_namespaces()
-    spec = known.spec
-    return NamespaceSpec(
-        model=spec.model,
-        weights=spec.weights,
-        adapter=spec.adapter,
-        kv_dtype=spec.kv_dtype,
-        encoding=spec.encoding,
-        block_tokens=spec.block_tokens,
-        page_tokens=spec.page_tokens,
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        page_bytes=spec.page_bytes,
-        tenant=spec.tenant,
-        attributes=dict(spec.attributes),
-    )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvclient import Client
+from kvproto.prefix import prefix_hashes
 from tests.support.engines import Engine, Generated, hub_config, read_events
-from tests.support.kv_oracle import answer_complaints, cells, wait_for, wait_pushed
+from tests.support.kv_oracle import answer_complaints, cells, the_spec, wait_for, wait_pushed
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
 
@@ -121,7 +125,34 @@ def test_4_hits_resume_within_five_seconds_of_the_restart(world: World) -> None:
     assert world.resumed_after(time.monotonic()) < RESUME_S
 
 
-def test_5_a_stopped_hub_holds_no_request_up(world: World) -> None:
+def test_5_a_damaged_block_is_recomputed_from_there_and_pushed_again(world: World) -> None:
+    events = read_events(world.log)
+    damage(world.server, BLOCKS // 2)
+    assert answer_complaints(world.answer(), world.baseline) == []
+    fresh = read_events(world.log)[len(events) :]
+    assert [e["index"] for e in fresh if e["event"] == "failed_block"] == [BLOCKS // 2]
+    pushed = {e["hash"] for e in events if e["event"] == "pushed"}
+    wait_for("a hit", world.hit, 10.0)
+    again = {e["hash"] for e in read_events(world.log)[len(events) :] if e["event"] == "pushed"}
+    assert again
+    assert again < pushed
+
+
+def damage(server: ServerProcess, index: int) -> None:
+    """Flip one bit of a block where it stands in the arena."""
+    digest = prefix_hashes(PROMPT, BLOCK)[index]
+    with Client.connect(server.address) as client:
+        namespace = client.open_namespace(the_spec(client))
+        grid = namespace.grid
+        data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
+        assert namespace.pull([digest], data).found.all()
+    with (server.host_dir / "arena").open("r+b") as file, mmap.mmap(file.fileno(), 0) as arena:
+        place = arena.find(data[0, 1, 0].tobytes())
+        assert place > 0
+        arena[place + 100] ^= 1
+
+
+def test_6_a_stopped_hub_holds_no_request_up(world: World) -> None:
     world.server.stop_signal()
     try:
         stopped = time.monotonic()
@@ -139,14 +170,14 @@ def test_5_a_stopped_hub_holds_no_request_up(world: World) -> None:
     assert world.resumed_after(continued) < RESUME_S
 
 
-def test_6_aborted_requests_leave_nothing_behind(world: World) -> None:
+def test_7_aborted_requests_leave_nothing_behind(world: World) -> None:
     for after_s in (0.0, 0.005, 0.02, 0.1):
         world.forget()
         world.engine.abort_during(PROMPT, tokens=50, after_s=after_s)
     wait_for("a hit", world.hit, 10.0)
 
 
-def test_7_equal_prompts_at_once_load_once(world: World) -> None:
+def test_8_equal_prompts_at_once_load_once(world: World) -> None:
     world.forget()
     before = world.pulled()
     for got in world.engine.generate_many([PROMPT] * 4, tokens=TOKENS):
@@ -154,7 +185,7 @@ def test_7_equal_prompts_at_once_load_once(world: World) -> None:
     assert world.pulled() == before + BLOCKS
 
 
-def test_8_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
+def test_9_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
     world.forget(connector=True)
     before = world.pulled()
     assert answer_complaints(world.engine.generate(PROMPT, tokens=TOKENS), world.baseline) == []

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvclient import Client
+from kvproto.namespace import NamespaceSpec
 from tests.support.engines import Generated, read_events
 
 LOGPROB_TOLERANCE = 1e-4
@@ -83,3 +85,23 @@ def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
         return bool(by_rank) and min(by_rank.values()) >= blocks
 
     wait_for(f"{blocks} blocks pushed ({log})", done, timeout_s)
+
+
+def the_spec(client: Client) -> NamespaceSpec:
+    """The one namespace of this hub, as its own answer tells it."""
+    (known,) = client.list_namespaces()
+    spec = known.spec
+    return NamespaceSpec(
+        model=spec.model,
+        weights=spec.weights,
+        adapter=spec.adapter,
+        kv_dtype=spec.kv_dtype,
+        encoding=spec.encoding,
+        block_tokens=spec.block_tokens,
+        page_tokens=spec.page_tokens,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        page_bytes=spec.page_bytes,
+        tenant=spec.tenant,
+        attributes=dict(spec.attributes),
+    )

@@ -82,10 +82,15 @@ class World:
     leases: dict[int, LeaseView] = field(default_factory=dict)
     asked: dict[int, ev.Acquire] = field(default_factory=dict)
     generations: dict[tuple[ev.Tier, int], int] = field(default_factory=dict)
-    stamped: dict[int, int] = field(default_factory=dict)  # host offset -> largest generation
     ticket: int = 0
 
     def __post_init__(self) -> None:
+        self._units = {
+            (tier, unit): offset
+            for tier, table in ((HOST, self.entries), (DISK, self.records))
+            for offset, entry in table.items()
+            for unit in range(offset // UNIT, (offset + entry.slot_bytes) // UNIT)
+        }
         self.hub = Hub(self.config)
         if self.ready:
             self.send(ev.TierGrew(HOST, self.config.host_bytes))
@@ -135,7 +140,7 @@ class World:
                 self._write(place, Entry(place.slot_bytes, place.generation, clients))
             case ev.EntryInvalid(place):
                 self._stamp(place, same=False)
-                (self.entries if place.tier == HOST else self.records).pop(place.offset, None)
+                self._erase(place.tier, place.offset)
             case ev.CellsCommitted():
                 self._committed(instruction)
             case ev.Copy() | ev.Verify():
@@ -155,11 +160,18 @@ class World:
 
     def _write(self, place: ev.Place, entry: Entry) -> None:
         table = self.entries if place.tier == HOST else self.records
-        for offset, other in table.items():
-            apart = offset >= place.offset + place.slot_bytes
-            apart = apart or offset + other.slot_bytes <= place.offset
-            assert apart or offset == place.offset, f"entry at {place} overlaps one at {offset}"
+        self._erase(place.tier, place.offset)
+        for unit in range(place.offset // UNIT, (place.offset + place.slot_bytes) // UNIT):
+            other = self._units.setdefault((place.tier, unit), place.offset)
+            assert other == place.offset, f"entry at {place} overlaps one at {other}"
         table[place.offset] = entry
+
+    def _erase(self, tier: ev.Tier, offset: int) -> None:
+        table = self.entries if tier == HOST else self.records
+        entry = table.pop(offset, None)
+        if entry is not None:
+            for unit in range(offset // UNIT, (offset + entry.slot_bytes) // UNIT):
+                self._units.pop((tier, unit), None)
 
     def _granted(self, granted: ev.Granted) -> None:
         self.grants.setdefault(granted.ticket, []).append(granted)
@@ -181,8 +193,8 @@ class World:
         assert job.job not in self.jobs
         if isinstance(job, ev.Copy):
             assert job.source.generation == self.generation_at(job.source)
-            if job.target.tier != HOST:
-                self.records.pop(job.target.offset, None) if job.target.tier == DISK else None
+            if job.target.tier == DISK:
+                self._erase(DISK, job.target.offset)
             self._stamp(job.target, same=False)
         self.jobs[job.job] = job
 

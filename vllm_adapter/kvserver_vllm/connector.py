@@ -144,8 +144,8 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
         encoding = encoding_of(config, names, LayerTensor.of(tensors[0]))
         pages = HostPages(encoding, tensors)
-        tp_rank = int(parallel.rank) % int(parallel.tensor_parallel_size)
-        stage = int(parallel.rank) // int(parallel.tensor_parallel_size)
+        stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
+        stage %= int(parallel.pipeline_parallel_size)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         self._rank_info = rank_info(config, names, pages, dtype, tp_rank)
         self._worker = WorkerHalf(

@@ -248,7 +248,7 @@ class SchedulerHalf:
                 self._ask(tracked, pin_s=0.0)
             return self._later(tracked, now)
         tokens = usable * self._block - computed
-        if tokens <= 0:
+        if tokens < self._block:  # not worth a round trip: vLLM computes that much in any case
             return 0, False
         if self._must_queue(tracked, usable, computed):
             return self._later(tracked, now)

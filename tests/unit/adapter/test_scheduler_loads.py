@@ -51,11 +51,19 @@ def test_a_load_names_the_pages_of_its_own_blocks_once(world: World) -> None:
 
 
 def test_pages_that_the_engine_has_itself_are_skipped(world: World) -> None:
-    request = world.new(FakeRequest("a", 300), usable=2)
+    request = world.new(FakeRequest("a", 400), usable=3)
     (job,) = start_load(world, request, computed=160).loads
     table = world.tables["a"]
     assert [block.hash for block in job.blocks] == request.hashes()[1:]
     assert job.blocks[0].pages == (SKIP, *table[5:8])
+    assert job.blocks[1].pages == tuple(table[8:12])
+
+
+def test_less_than_a_block_is_computed_instead(world: World) -> None:
+    """A local hit leaves out the last block of a prompt that is cached whole."""
+    request = world.new(FakeRequest("a", 512), usable=4)
+    assert world.match(request, 480) == (0, False)
+    assert world.match(request, 384) == (128, True)
 
 
 def test_the_null_block_is_never_touched(world: World) -> None:

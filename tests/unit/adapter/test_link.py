@@ -1,0 +1,88 @@
+"""The link to a hub that is not there: nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvclient import DeadlineExceeded, InvalidArgument, Unavailable
+from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.events import EventLog
+from kvserver_vllm.link import HubLink
+from kvserver_vllm.scheduler import Answer
+
+NOBODY = "127.0.0.1:9"
+SPEC = NamespaceSpec("m", bytes(32), "float32", "e/1", 1, 1, 64).canonical
+
+
+def shared(address: str = NOBODY) -> HubLink:
+    return HubLink.shared(address, tenant="", name="test", lookup_s=0.1, log=EventLog(""))
+
+
+@pytest.fixture
+def link() -> Iterator[HubLink]:
+    link = shared()
+    yield link
+    link.close()
+
+
+def test_without_a_hub_every_question_has_an_answer_at_once(link: HubLink) -> None:
+    answers: list[Answer | None] = []
+    done = threading.Event()
+
+    async def ask() -> None:
+        answers.append(await link.lookup(SPEC, [bytes(32)], 1.0))
+        await link.announce(SPEC, [bytes(32)], 1.0)
+        done.set()
+
+    began = time.monotonic()
+    link.submit(ask())
+    assert done.wait(5)
+    assert time.monotonic() - began < 1
+    assert answers == [None]
+    assert not link.responsive
+
+
+def test_a_process_has_one_link_per_hub(link: HubLink) -> None:
+    again = shared()
+    assert again is link
+    again.close()
+    assert link.loop.is_running()
+
+
+def test_the_last_holder_ends_the_thread() -> None:
+    link = shared("127.0.0.1:7")
+    link.close()
+    assert not link._thread.is_alive()
+    assert link.loop.is_closed()
+
+    async def late() -> None:
+        raise AssertionError("ran after the end")
+
+    link.submit(late())
+    other = shared("127.0.0.1:7")
+    assert other is not link
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "suspected"),
+    [
+        (Unavailable("gone"), True),
+        (DeadlineExceeded("late"), True),
+        (TimeoutError(), True),
+        (InvalidArgument("a limit"), False),
+    ],
+)
+def test_only_silence_makes_a_hub_suspect(link: HubLink, error: Exception, suspected: bool) -> None:
+    link._suspect = False
+    link.loop.call_soon_threadsafe(link.doubt, error)
+    settled = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), link.loop)
+    settled.result(5)
+    assert link._suspect is suspected
