@@ -161,6 +161,7 @@ class Session:
             await self._channel.close()
             raise
         self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="kvclient-keep")
+        self._keeper.add_done_callback(self._keeper_ended)
 
     async def close(self) -> None:
         """Say goodbye and hang up. The caller's copies have ended before."""
@@ -293,6 +294,11 @@ class Session:
         self._failure = None
         self._attempt = asyncio.get_running_loop().create_future()
         self._wake.set()
+
+    def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
+        """Only `close` ends it. Anything else is a bug of ours, and is not to go unseen."""
+        if not keeper.cancelled() and keeper.exception() is not None:
+            self._log.error("the session's keeper failed", exc_info=keeper.exception())
 
     async def _keep(self) -> None:
         backoff = Backoff()

@@ -37,7 +37,8 @@ COUNTERS = (
     "evicted_device", "evicted_host", "evicted_disk", "slabs_moved",
     "spills", "spill_failed", "spill_skipped", "promotions", "promotion_failed",
     "downloads", "uploads", "verifies", "corrupt_device", "corrupt_host", "corrupt_disk",
-    "restored_host", "restored_disk", "restore_dropped", "restore_quarantined", "near_misses",
+    "restored_host", "restored_disk", "restore_dropped", "restore_namespaces_dropped",
+    "restore_quarantined", "near_misses",
     "streams", "streams_starved", "blocks_granted", "blocks_missing",
 )  # fmt: skip
 

@@ -56,6 +56,7 @@ class Hub:
         self._jobs = Jobs(books)
         self._spills = Spills(books, self._space, self._jobs)
         self._verifies = Verifies(books, self._jobs)
+        self._verifies.verified = self._spills.recover
         self._fetches = Fetches(books, self._space, self._jobs, self._holds)
         self._writing = Writing(books, self._holds, self._space, self._spills)
         self._streams = Streams(books, self._holds, self._space, self._fetches, self._verifies)

@@ -62,7 +62,7 @@ class Recovery:
         try:
             self._sessions.add_namespace(event.spec)
         except CoreError:
-            self._books.counters["restore_dropped"] += 1
+            self._books.counters["restore_namespaces_dropped"] += 1
 
     def blocks(self, event: RestoreBlocks) -> None:
         self._blocks[event.tier].extend(event.blocks)

@@ -87,6 +87,7 @@ class SlotTable(Columns):
         self.counts = [0] * len(SlotState)
         self.bytes_used = 0
         self.generation_last = 0
+        self.openings = 0  # grows whenever a slab may have become one that can be emptied at once
         self._open: dict[int, dict[int, Slab]] = {}  # class -> slabs with free slots, by start
 
     # ---- lifecycle
@@ -107,6 +108,7 @@ class SlotTable(Columns):
         if target != DEAD:
             self.counts[target] += 1
         slab.busy += self._is_busy(slot) - was_busy
+        self.openings += not slab.busy
         slab.stuck += (target == QUARANTINED) - (state == QUARANTINED)
         if target == FREE:
             self.bytes_used -= slab.slot_bytes
@@ -130,7 +132,9 @@ class SlotTable(Columns):
         if self.pins[slot]:
             return False
         if self.state[slot] == COMMITTED:
-            self._slab(slot).busy -= 1
+            slab = self._slab(slot)
+            slab.busy -= 1
+            self.openings += not slab.busy
         return True
 
     def evictable(self, slot: int) -> bool:
@@ -202,6 +206,7 @@ class SlotTable(Columns):
         """Open a slab on bytes that belong to no free run: its slots are born FREE."""
         slots = [self._new() for _ in range(count)]
         slab = Slab(start, slot_bytes, slots)
+        self.openings += 1
         self.slab.extend([None] * (self.length - len(self.slab)))
         for at, slot in enumerate(slots):
             self.slab[slot] = slab
@@ -215,6 +220,7 @@ class SlotTable(Columns):
 
     def grow(self, ready_bytes: int) -> None:
         """More bytes of the tier may be used."""
+        self.openings += 1
         self.map.ready = max(self.map.ready, min(ready_bytes, self.map.total))
         for slab in self.map.slabs.values():
             if not slab.closing:

@@ -47,6 +47,7 @@ class Space:
         self._waiting: dict[int, dict[int, Waiter]] = {}  # class -> ticket -> waiter
         self._where: dict[int, int] = {}  # ticket -> class
         self._pause: dict[tuple[Tier, int], int] = {}
+        self._searched: dict[tuple[Tier, int], int] = {}  # `openings` at the last search in vain
         self._claims: dict[tuple[Tier, int], list[Slab]] = {}  # slabs being emptied for a class
 
     # ---- slots
@@ -100,10 +101,15 @@ class Space:
         table = books.slots[tier]
         claimed = self._claims.get((tier, slot_bytes), ())
         pending = any(table.map.slabs.get(slab.start) is slab for slab in claimed)
+        at_once = pending or not patient
+        if at_once and self._searched.get((tier, slot_bytes)) == table.openings:
+            return False  # nothing was free for the taking, and nothing has changed
         windows = table.map.windows(slot_bytes)
-        if pending or not patient:
+        if at_once:
             windows = [w for w in windows if not w[0]]
         if not windows:
+            if at_once:
+                self._searched[tier, slot_bytes] = table.openings
             return False
         least = min(price for price, _, _ in windows)
         windows = [w for w in windows if w[0] == least]

@@ -89,6 +89,12 @@ class Spills:
         elif self._disk.map.total:
             books.counters["spill_skipped"] += 1
 
+    def recover(self, row: int) -> None:
+        """A restored block has proved sound: it may have been on its way to disk at the crash."""
+        blocks = self._books.blocks
+        if not blocks.slot[DISK][row] and not blocks.spill[row]:
+            self.add(row, durable=False)
+
     def force(self, row: int) -> bool:
         """Have a block that is on the host only spilled. False when the lag has no room for it.
 

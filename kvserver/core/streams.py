@@ -51,6 +51,7 @@ class Stream:
     pins: dict[int, int] = field(default_factory=dict)  # position -> host slot that arrived for it
     wants: dict[int, int] = field(default_factory=dict)  # row on its way -> position
     costs: dict[int, int] = field(default_factory=dict)  # of positions from next to ahead
+    cost_ahead: int = 0  # their sum
     came_from: dict[int, Tier] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     watching: int = 0
@@ -271,7 +272,7 @@ class Streams:
         slot = stream.pins.pop(at, 0)
         if slot:
             self._books.unpin(HOST, slot)
-        stream.costs.pop(at, None)
+        stream.cost_ahead -= stream.costs.pop(at, 0)
         stream.came_from.pop(at, None)
         stream.failed.discard(at)
         stream.next += 1
@@ -343,7 +344,7 @@ class Streams:
         if not stream.readable & bit(HOST):
             return
         stream.ahead = max(stream.ahead, stream.next)
-        budget = stream.window - stream.leased - sum(stream.costs.values())
+        budget = stream.window - stream.leased - stream.cost_ahead
         index = blocks.index[stream.namespace.handle]
         while stream.ahead < len(stream.event.hashes):
             at = stream.ahead
@@ -353,6 +354,7 @@ class Streams:
                 if cost > budget or not self._fetch_ahead(stream, row, at):
                     return
                 stream.costs[at] = cost
+                stream.cost_ahead += cost
                 budget -= cost
             stream.ahead += 1
 
@@ -384,6 +386,7 @@ class Streams:
         stream.wants.clear()
         stream.pins.clear()
         stream.costs.clear()
+        stream.cost_ahead = 0
         stream.ahead = stream.next
         for slot in pins:
             self._books.unpin(HOST, slot)

@@ -282,6 +282,8 @@ def _streams(books: Books, streams: Streams, holds: Holds, wrong: list[str]) -> 
         _check(wrong, leased <= stream.window or single, f"stream {ticket}: beyond its window")
         watched = ticket in books.watchers.get(stream.watching, {})
         _check(wrong, watched == bool(stream.watching), f"stream {ticket}: watches nothing")
+        ahead = sum(stream.costs.values())
+        _check(wrong, ahead == stream.cost_ahead, f"stream {ticket}: {stream.cost_ahead} ahead")
         _check(wrong, ticket not in books.ready, f"stream {ticket} was left ready")
     for row, tickets in books.watchers.items():
         for ticket in tickets:

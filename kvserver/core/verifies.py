@@ -35,6 +35,7 @@ class Verifies:
         self.reports = 0
         self.jobs = 0
         self.failed: Callable[[int], None] = lambda row: None
+        self.verified: Callable[[int], None] = lambda row: None
         jobs.on(None, self._done)
         books.before_leave.append(self._left)
 
@@ -86,6 +87,7 @@ class Verifies:
             self.failed(row)
         else:
             books.blocks.suspect[row] &= ~bit(HOST)
+            self.verified(row)
         self._tell(row, dropped=False)
         books.wake(row)
 

@@ -25,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A hub whose host tier holds about 14 of the peer's blocks, and which notices deaths soon."""
     directory = tmp_path_factory.mktemp("small")
     with start_server(
-        directory, host_bytes="8MiB", session_ttl_ms=1000, heartbeat_ms=100
+        directory, host_bytes="8MiB", session_ttl_ms=4000, heartbeat_ms=100
     ) as server:
         yield server
 

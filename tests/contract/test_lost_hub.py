@@ -27,7 +27,7 @@ from tests.support.server import ServerProcess, start_server
 
 BLOCKS = Blocks(layers=8, heads=2, page_bytes=8192)  # 1 MiB a block
 Serve = Callable[..., ServerProcess]
-DEADLINE_S = 2.0
+DEADLINE_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_killed_and_restarted_in_the_middle(
     chains = [BLOCKS.chain(seed, 8) for seed in range(5)]
     payloads = [BLOCKS.payloads(keys) for keys in chains]
     for keys, arrays in zip(chains, payloads, strict=True):
-        namespace.push(keys, arrays)
+        namespace.push(keys, arrays, deadline_s=20)
     stop = threading.Event()
     failures: list[BaseException] = []
     slow: list[float] = []

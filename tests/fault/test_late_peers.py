@@ -113,7 +113,7 @@ def test_a_late_reader_of_half_a_block_misses(serve: Serve) -> None:
         Client.connect(server.address, name="writer") as writer,
         Client.connect(server.address, name="reader") as reader,
     ):
-        reservation = writer.open_namespace(BLOCKS.spec).reserve([key], ttl_s=20)
+        reservation = writer.open_namespace(BLOCKS.spec).reserve([key], ttl_s=2)
         cells = reservation.cells(0)
         cells[:] = payload.reshape(cells.shape)
         reservation.commit(region=half)
@@ -124,10 +124,10 @@ def test_a_late_reader_of_half_a_block_misses(serve: Serve) -> None:
             view = granted.cells
             assert np.array_equal(view.reshape(-1), payload[: layers // 2].reshape(-1))
             assert granted.verify()
+            eventually(lambda: host_tier(server).slots_quarantined == 1, "it was never finished")
             del cells
             reservation.abort()
-            time.sleep(2 * TTL_S)
-            reader.evict(namespace.id, [key])
+            eventually(lambda: host_tier(server).slots_quarantined == 0, "the writer has left")
             fill(namespace)
             assert not np.array_equal(view.reshape(-1), payload[: layers // 2].reshape(-1))
             assert not granted.verify()

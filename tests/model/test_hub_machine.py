@@ -260,9 +260,7 @@ class HubMachine(RuleBasedStateMachine):
             self.model.complete.discard(name)
             blocks[at] = (name, set(cells))
             place = answer.places[at]
-            self.live.append(
-                Writing(answer.reservation, event.client, place, name[1], set(cells))
-            )
+            self.live.append(Writing(answer.reservation, event.client, place, name[1], set(cells)))
         if blocks:
             self.model.reserve(
                 ModelReservation(
@@ -489,9 +487,7 @@ class HubMachine(RuleBasedStateMachine):
         session = self.choose(self.model.sessions, at)
         if session is not None:
             handle = self.choose(self.handles, ns)
-            self.ask(
-                ev.ReportCorrupt, session=session, namespace=handle, hashes=self.keys_of(span)
-            )
+            self.ask(ev.ReportCorrupt, session=session, namespace=handle, hashes=self.keys_of(span))
 
     @rule(ns=st.integers(0, 9))
     def drop_namespace(self, ns: int) -> None:
@@ -599,7 +595,8 @@ class HubMachine(RuleBasedStateMachine):
             self.world.send(ev.Tick())
         self.settle()
         waiting = [t for t in self.streams if t not in self.world.answers]
-        assert not waiting and not self.pending, (waiting, self.pending)
+        assert not waiting
+        assert not self.pending
         for client in self.world.hub.suspects():
             self.world.send(ev.ClientDead(client))
         for session in list(self.model.sessions):

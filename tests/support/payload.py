@@ -69,7 +69,9 @@ class Blocks:
         """Room for `count` pulled blocks, filled with a byte pattern that no block consists of."""
         return np.full((count, *self.shape), 0xA5, np.uint8)
 
-    def wrong(self, keys: Sequence[bytes], out: Bytes, found: Sequence[bool]) -> list[int]:
+    def wrong(
+        self, keys: Sequence[bytes], out: Bytes, found: Sequence[bool] | npt.NDArray[np.bool_]
+    ) -> list[int]:
         """Positions that were reported as found with bytes that are not theirs."""
         return [
             i

@@ -186,7 +186,7 @@ def open_arena(
             return ShmArena(path, answer, arena_fd, -1 if read_only else fds.pop())
         finally:
             os.close(arena_fd)
-    except (HandshakeError, FieldError) as error:
+    except ValueError as error:  # also HandshakeError, FieldError, and mmap's own
         raise Unavailable(f"the arena at {path} is not as expected: {error}") from error
     except OSError as error:
         raise _unreachable(path, error) from error

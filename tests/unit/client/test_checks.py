@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from kvproto.prefix import ROOT
 GRID = Grid(layers=3, heads=2, block_tokens=32, page_tokens=16, page_bytes=8)
 KEY = bytes(32)
 FULL = np.zeros((3, 2, 16), np.uint8)
+SIGNED: Any = FULL.view(np.int8)
+NO_ARRAY: Any = b"abc"
 
 
 @pytest.mark.parametrize(
@@ -49,11 +52,11 @@ FULL = np.zeros((3, 2, 16), np.uint8)
             *("arrays[0]", "16 or more"),
         ),
         (
-            lambda: checks.blocks_of("arrays", [FULL.view(np.int8)], [32], GRID, GRID.whole),  # type: ignore[list-item]
+            lambda: checks.blocks_of("arrays", [SIGNED], [32], GRID, GRID.whole),
             *("arrays[0]", "uint8"),
         ),
         (
-            lambda: checks.blocks_of("arrays", [b"abc"], [32], GRID, GRID.whole),  # type: ignore[list-item]
+            lambda: checks.blocks_of("arrays", [NO_ARRAY], [32], GRID, GRID.whole),
             *("arrays[0]", "uint8"),
         ),
         (

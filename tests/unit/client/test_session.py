@@ -36,6 +36,9 @@ def test_a_deadline_runs_out_and_stays_out() -> None:
     assert deadline.left() == 0
 
 
+_serve: Callable[[object, grpc.aio.Server], None] = kvserver_pb2_grpc.add_CacheServicer_to_server
+
+
 class _Refusing(kvserver_pb2_grpc.CacheServicer):
     """Answers Hello as it is told."""
 
@@ -51,7 +54,7 @@ async def hello_through(
 ) -> Exception:
     """What `connect` raises when Hello is answered by `answer`; names the address."""
     server = grpc.aio.server()
-    kvserver_pb2_grpc.add_CacheServicer_to_server(_Refusing(answer), server)  # type: ignore[no-untyped-call]
+    _serve(_Refusing(answer), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

@@ -226,7 +226,7 @@ def test_a_thousand_namespaces_of_twelve_sizes_use_the_tier() -> None:
     for phase in range(3):
         favoured = [h for i, h in enumerate(handles) if i % 12 % 3 == phase]
         written = 0
-        while written < 2.5 * host:
+        while written < 1.7 * host:
             handle = rng.choice(favoured if rng.random() < 0.9 else handles)
             keys = chain(f"{phase}.{rng.randrange(1 << 30)}", rng.randrange(1, 6))
             result = world.put(handle, keys)

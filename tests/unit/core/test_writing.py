@@ -88,9 +88,7 @@ def test_expiry_takes_the_block_from_every_writer_and_fences_the_slot(world: Wor
     assert states(world, keys) == [BlockState.ABSENT]
     assert world.tier(HOST).quarantined == 1
     assert world.hub.suspects() == {10}
-    late = world.ask(
-        ev.Commit, session=1, reservation=gone.reservation, indices=[0], region=LEFT
-    )
+    late = world.ask(ev.Commit, session=1, reservation=gone.reservation, indices=[0], region=LEFT)
     assert late.verdicts == [CommitVerdict.GONE]
     fresh = world.reserve(1, keys)
     assert fresh.verdicts == [WRITE]
@@ -161,9 +159,7 @@ def test_drained_abort_frees_and_a_partial_block_lingers(world: World) -> None:
     first = world.reserve(1, keys, region=LEFT)
     second = world.reserve(1, keys, region=RIGHT, client=11)
     commit(world, first, keys[0], LEFT)
-    assert (
-        world.ask(ev.Abort, session=1, reservation=second.reservation, drained=True) is None
-    )
+    assert world.ask(ev.Abort, session=1, reservation=second.reservation, drained=True) is None
     assert states(world, keys) == [BlockState.FILLING]
     again = world.reserve(1, keys, region=RIGHT, client=12)
     assert again.verdicts == [WRITE]
