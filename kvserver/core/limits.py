@@ -39,6 +39,7 @@ class HubConfig:
     sessions_max: int = 4096
     clients_per_session_max: int = 256
     namespaces_max: int = 4096
+    near_misses_max: int = 8  # told of one namespace
     keys_per_call_max: int = 8192
     announcements_max: int = 65_536  # announced blocks, counted once per announcing call
     reservations_max: int = 16_384

@@ -13,6 +13,7 @@ from kvserver.core.books import Books, Namespace
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Announce, OpenNamespace
 from kvserver.core.holds import Holds, Session
+from kvserver.core.near import NearMisses
 from kvserver.core.reading import Reading
 from kvserver.core.slabs import slot_bytes_max
 from kvserver.core.streams import Streams
@@ -31,6 +32,7 @@ class Sessions:
         self._streams = streams
         self._handles: dict[bytes, int] = {}  # namespace id -> handle
         self._last_handle = 0
+        self._near = NearMisses(books.config.near_misses_max)
         self.by_tag: dict[bytes, int] = {}
 
     # ---- sessions and clients
@@ -116,22 +118,14 @@ class Sessions:
         books.limit("namespaces_max", len(books.namespaces))
         self._last_handle += 1
         handle = self._last_handle
-        near = self._near_misses(spec)
+        near = self._near.find(spec)
+        self._near.add(handle, spec)
         books.counters["near_misses"] += len(near)
         namespace = books.namespaces[handle] = Namespace(handle, spec, spec.grid, near)
         books.blocks.index[handle] = {}
         self._handles[spec.id] = handle
         self.by_tag[spec.tag] = handle
         return namespace
-
-    def _near_misses(self, spec: NamespaceSpec) -> list[str]:
-        near = []
-        for other in self._books.namespaces.values():
-            fields = spec.differences(other.spec) if other.spec.tenant == spec.tenant else []
-            if len(fields) == 1:
-                label = f"{other.spec.id.hex()[:8]} ({other.spec.model})"
-                near.append(f"{fields[0]} differs from namespace {label}")
-        return near
 
     def _forget_idle(self) -> None:
         """Make room for a namespace: the oldest that is empty and that no session has open goes."""
@@ -146,6 +140,7 @@ class Sessions:
         del self._books.blocks.index[handle]
         del self._handles[namespace.spec.id]
         del self.by_tag[namespace.spec.tag]
+        self._near.remove(handle, namespace.spec)
         for ident in namespace.sessions:
             self._holds.sessions[ident].namespaces.discard(handle)
 

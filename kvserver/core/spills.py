@@ -62,11 +62,15 @@ class Spills:
 
     # ---- the lag limit
 
-    def promise(self, slot_bytes: int) -> bool:
-        """Keep room in the lag for a durable block; False when there is none."""
+    def has_room(self, slot_bytes: int) -> bool:
+        """The lag takes another block of this size, and the disk could hold it."""
         if not self.possible or slot_bytes > self._slot_bytes_max:
             return False
-        if self.lag_bytes + slot_bytes > self._books.config.lag_bytes_max:
+        return self.lag_bytes + slot_bytes <= self._books.config.lag_bytes_max
+
+    def promise(self, slot_bytes: int) -> bool:
+        """Keep room in the lag for a block; False when there is none."""
+        if not self.has_room(slot_bytes):
             return False
         self.lag_bytes += slot_bytes
         return True

@@ -169,15 +169,15 @@ class Writing:
             return self._try_join(pending, filling)
         tokens = event.tokens[at] if event.tokens else pending.namespace.grid.block_tokens
         slot_bytes = pending.namespace.slot_bytes(tokens)
-        if event.durable and not self._spills.promise(slot_bytes):
+        if event.durable and not self._spills.has_room(slot_bytes):
             pending.wants = _LAG
             return None
         slot = self._take_slot(pending, slot_bytes)
         if not slot:
-            if event.durable:
-                self._spills.break_promise(slot_bytes)
             pending.wants = slot_bytes
             return None
+        if event.durable:
+            self._spills.promise(slot_bytes)
         self._fill(pending, slot, tokens)
         return WRITE
 

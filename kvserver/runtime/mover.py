@@ -132,6 +132,8 @@ class Mover:
             done = self._copies.carry_out(job, spec)
         except (DiskDown, OSError) as error:
             done = JobDone(job.job, str(error))
+            with self._wake:
+                self._wake.notify()  # a read may be what took the disk down
         except Exception as error:
             self._report(type(job).__name__, error)
             done = JobDone(job.job, f"internal error: {error!r}")
@@ -144,8 +146,10 @@ class Mover:
         assert disk is not None
         while True:
             with self._wake:
-                timeout = None if disk.up else self._reopen_s
-                self._wake.wait_for(self._has_work, timeout)
+                if disk.up:
+                    self._wake.wait_for(lambda: self._has_work() or not disk.up)
+                else:
+                    self._wake.wait_for(self._has_work, self._reopen_s)
                 batch, namespaces = self._take_batch(), list(self._namespaces)
                 self._namespaces.clear()
                 dirty, self._dirty = self._dirty, False

@@ -25,7 +25,7 @@ FILL = 30  # more blocks than the host tier holds
 
 
 def small(serve: Serve) -> ServerProcess:
-    return serve(host_bytes="8MiB", session_ttl_ms=1000, heartbeat_ms=100)
+    return serve(host_bytes="8MiB", session_ttl_ms=4000, heartbeat_ms=100)
 
 
 def fill(namespace: Namespace) -> list[bytes]:

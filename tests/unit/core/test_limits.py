@@ -115,6 +115,11 @@ def test_near_misses_name_the_field_and_the_namespace() -> None:
     assert near.startswith(f"weights differs from namespace {make_spec().id.hex()[:8]}")
     handle = world.namespace(1, make_spec(weights=b"x" * 32, kv_dtype="bfloat16"))
     assert world.hub.near_misses(handle) == []
+    assert world.namespace(1, make_spec(attributes={"rope": "1e6"})) == 4
+    (near,) = world.hub.near_misses(4)
+    assert near.startswith("attributes[rope] differs from")
+    other = world.namespace(1, make_spec(attributes={"rope": "5e5"}))
+    assert len(world.hub.near_misses(other)) == 2
     assert world.namespace() == 1
     assert world.hub.namespace_of(make_spec().id) == 1
 

@@ -284,6 +284,20 @@ def test_a_waiting_reserve_gives_up_in_time() -> None:
     world.hub.validate()
 
 
+def test_a_durable_reserve_that_waits_for_a_slot_does_not_wake_itself() -> None:
+    """The hub span for ever: each try in vain looked like room for another try."""
+    world = World(HubConfig(host_bytes=8 * UNIT, disk_bytes=64 * UNIT))
+    world.session(1, 10)
+    world.namespace()
+    holder = world.reserve(1, chain("h", 8), ttl=60.0)
+    assert world.reserve(1, chain("d", 1), wait=30.0, durable=True) is None
+    ticket = world.ticket
+    world.advance(1.0)
+    world.ask(ev.Abort, session=1, reservation=holder.reservation, drained=True)
+    assert world.answers[ticket].verdicts == [WRITE]
+    world.hub.validate()
+
+
 def test_a_reserve_that_waits_is_cancelled_with_its_client() -> None:
     world = World(HubConfig(host_bytes=8 * UNIT))
     world.session(1, 10, 11)
