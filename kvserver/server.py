@@ -34,7 +34,10 @@ from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.config import Settings
-from kvserver.core.events import Tier, TierDown
+from kvserver.core.events import (
+    Tier,
+    TierDown,
+)
 from kvserver.core.limits import HubConfig
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.journal.record import DiskRecord

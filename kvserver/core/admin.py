@@ -14,13 +14,15 @@ from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import (
     DropNamespace,
     Evict,
-    Evicted,
     Tier,
     TierDown,
     TierGrew,
     TierUp,
 )
 from kvserver.core.holds import Holds
+from kvserver.core.instructions import (
+    Evicted,
+)
 from kvserver.core.sessions import Sessions
 from kvserver.core.spills import Spill, Spills
 

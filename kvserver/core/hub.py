@@ -21,6 +21,7 @@ from typing import Any
 from kvproto.errors import FieldError
 from kvproto.namespace import NamespaceSpec
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.admin import Admin
 from kvserver.core.books import Books
 from kvserver.core.errors import CoreError, ErrorKind
@@ -109,7 +110,7 @@ class Hub:
 
     # ---- the one entry
 
-    def handle(self, event: ev.Event, now: float) -> list[ev.Instruction]:
+    def handle(self, event: ev.Event, now: float) -> list[ins.Instruction]:
         """Deal with one event at caller's time `now`. Returns instructions, in order."""
         books = self._books
         if isinstance(event, ev.Stalled):

@@ -19,7 +19,6 @@ from kvserver.core.blocks import ABSENT, ANNOUNCED, Action, bit
 from kvserver.core.books import HOST, Books
 from kvserver.core.errors import CoreError
 from kvserver.core.events import (
-    EntryInvalid,
     Place,
     RestoreBlocks,
     RestoredBlock,
@@ -27,6 +26,9 @@ from kvserver.core.events import (
     RestoreNamespace,
     RestoreQuarantined,
     Tier,
+)
+from kvserver.core.instructions import (
+    EntryInvalid,
 )
 from kvserver.core.quarantine import RESTORED
 from kvserver.core.sessions import Sessions

@@ -15,7 +15,17 @@ import numpy.typing as npt
 
 from kvproto.checksum import root_of, trailer_of
 from kvproto.namespace import NamespaceSpec
-from kvserver.core.events import BlockInfo, Copy, JobDone, JobKind, Place, Tier, Verify
+from kvserver.core.events import (
+    JobDone,
+    Place,
+    Tier,
+)
+from kvserver.core.instructions import (
+    BlockInfo,
+    Copy,
+    JobKind,
+    Verify,
+)
 from kvserver.runtime import failpoints
 from kvserver.runtime.disk import DiskTier
 from kvserver.tiers.checksums import verify_slot

@@ -22,7 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvproto.namespace import NamespaceSpec
-from kvserver.core.events import BlockInfo, Copy, Place
+from kvserver.core.events import (
+    Place,
+)
+from kvserver.core.instructions import (
+    BlockInfo,
+    Copy,
+)
 from kvserver.journal.directory import Directory, JournalError
 from kvserver.journal.record import DiskRecord
 from kvserver.runtime import failpoints

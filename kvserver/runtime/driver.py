@@ -27,29 +27,31 @@ import numpy.typing as npt
 from kvserver.core.events import (
     Abort,
     Acquire,
-    AcquireResult,
-    Answer,
     CancelAcquire,
-    CellsCommitted,
     ClientDead,
     Commit,
+    Event,
+    Place,
+    Reserve,
+    Stalled,
+    Tick,
+    Tier,
+)
+from kvserver.core.hub import Hub
+from kvserver.core.instructions import (
+    AcquireResult,
+    Answer,
+    CellsCommitted,
     CommitResult,
     Copy,
     EntryInvalid,
     EntryReserved,
-    Event,
     Granted,
     Instruction,
-    Place,
     Refusal,
-    Reserve,
     ReserveResult,
-    Stalled,
-    Tick,
-    Tier,
     Verify,
 )
-from kvserver.core.hub import Hub
 from kvserver.core.limits import HubConfig
 from kvserver.core.stats import HubStats
 from kvserver.runtime import failpoints

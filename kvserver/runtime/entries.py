@@ -16,7 +16,13 @@ import numpy.typing as npt
 from kvproto.checksum import root_of
 from kvproto.grid import CHECKSUM_BYTES, Region
 from kvproto.namespace import NamespaceSpec
-from kvserver.core.events import CellsCommitted, Place, Tier
+from kvserver.core.events import (
+    Place,
+    Tier,
+)
+from kvserver.core.instructions import (
+    CellsCommitted,
+)
 from kvserver.runtime import failpoints
 from kvserver.tiers.entry import ValidEntry
 from kvserver.tiers.host import HostArena

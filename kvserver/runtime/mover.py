@@ -19,13 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvproto.namespace import NamespaceSpec
 from kvserver.core.events import (
-    Copy,
     Event,
     JobDone,
-    JobKind,
     Place,
     Tier,
     TierUp,
+)
+from kvserver.core.instructions import (
+    Copy,
+    JobKind,
     Verify,
 )
 from kvserver.journal.record import DiskRecord

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from kvproto.namespace import NamespaceSpec
-from kvserver.core import events
+from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
@@ -166,9 +166,9 @@ class Node:
         """The size class that a full block of a namespace takes."""
         return self.driver.hub.slot_class_bytes(spec.grid.slot_bytes())
 
-    async def drop_namespace(self, namespace_id: bytes) -> events.Evicted:
+    async def drop_namespace(self, namespace_id: bytes) -> instructions.Evicted:
         event = events.DropNamespace(self.driver.ticket(), namespace_id)
-        evicted = await self.driver.ask(event, events.Evicted)
+        evicted = await self.driver.ask(event, instructions.Evicted)
         self._namespaces.drop([namespace_id])
         return evicted
 

@@ -15,7 +15,11 @@ import time
 from collections.abc import Callable
 
 from kvproto.errors import FieldError
-from kvserver.core.events import Event, Tier, TierGrew
+from kvserver.core.events import (
+    Event,
+    Tier,
+    TierGrew,
+)
 from kvserver.tiers.host import HostArena
 
 FIRST_STEP_BYTES = 64 << 20

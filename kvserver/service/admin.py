@@ -10,7 +10,7 @@ from typing import Any
 from kvproto.namespace import NAMESPACE_ID_BYTES
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
-from kvserver.core import events
+from kvserver.core import events, instructions
 from kvserver.runtime.node import Node
 from kvserver.service import convert
 from kvserver.service.calls import Servicer, unary
@@ -44,7 +44,7 @@ class AdminService(Servicer, kvserver_pb2_grpc.AdminServicer):
             _namespace_id(request.namespace_id),
             convert.hashes_from("hashes", request.hashes, count_max=self._keys_max),
         )
-        evicted = await self._driver.ask(event, events.Evicted)
+        evicted = await self._driver.ask(event, instructions.Evicted)
         return pb.EvictReply(blocks=evicted.blocks, bytes=evicted.bytes)
 
     @unary

@@ -17,7 +17,7 @@ from kvproto.grid import Grid, Region
 from kvproto.namespace import TEXT_BYTES_MAX
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
-from kvserver.core import events
+from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
 from kvserver.runtime.node import Node
@@ -128,7 +128,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             need=convert.needs_from(request.need, spec.grid),
             pin=self._seconds("lease_ms_max", request.pin_ms),
         )
-        result = await self._driver.ask(event, events.LookupResult)
+        result = await self._driver.ask(event, instructions.LookupResult)
         return pb.LookupReply(
             usable_blocks=result.usable_blocks,
             live_blocks=result.live_blocks,
@@ -182,7 +182,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             wait=self._seconds("wait_ms_max", request.wait_ms),
             durable=request.durable,
         )
-        result = await self._driver.ask(event, events.ReserveResult)
+        result = await self._driver.ask(event, instructions.ReserveResult)
         offsets, generations = convert.places_to(result.places)
         return pb.ReserveReply(
             reservation=result.reservation,
@@ -253,13 +253,13 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         )
         async with contextlib.aclosing(self._driver.acquire(event)) as stream:
             async for item in stream:
-                if isinstance(item, events.AcquireResult):
+                if isinstance(item, instructions.AcquireResult):
                     missing = convert.pack(item.missing, "<u4")
                     yield pb.AcquireReply(missing=missing, done=True)
                 else:
                     yield self._grant(item, spec.grid, event.region)
 
-    def _grant(self, item: events.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
+    def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
         blocks = item.blocks
         sizes = {tokens: grid.region_bytes(region, tokens) for tokens in {b.tokens for b in blocks}}
         self._node.bytes_granted += sum(sizes[b.tokens] for b in blocks)

@@ -20,7 +20,10 @@ from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import HASH_BYTES
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import Need, Place
+from kvserver.core.events import (
+    Need,
+    Place,
+)
 
 NO_OFFSET = (1 << 64) - 1
 NAME_BYTES_MAX = 128

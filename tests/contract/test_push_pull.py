@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from kvclient import (
     ReserveVerdict,
     Tier,
 )
+from kvclient.transfer.shm import ShmArena
+from kvproto.arena import ArenaHeader
 from kvproto.grid import Grid, Region
 from kvproto.prefix import prefix_hashes
 from tests.contract.oracle import check_all, fresh
@@ -298,6 +302,50 @@ async def test_a_stream_whose_blocks_are_kept_ends_at_its_deadline(client: Async
         with pytest.raises(DeadlineExceeded):
             await anext(stream)
         assert kept.verify()
+
+
+async def test_a_pull_overtaken_by_reuse_is_a_miss(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot changes hands while its last bytes are copied: right or not, they do not count."""
+    blocks = fresh()
+    namespace = await client.open_namespace(blocks.spec)
+    keys = blocks.chain(1, 2)
+    await namespace.push(keys, blocks.payloads(keys))
+    genuine, calls = ShmArena.current, count(1)
+
+    def current(self: ShmArena, offset: int, generation: int) -> bool:
+        return genuine(self, offset, generation) and next(calls) <= 2
+
+    monkeypatch.setattr(ShmArena, "current", current)
+    result = await namespace.pull(keys, blocks.out(2))
+    assert next(calls) > 2
+    assert (result.found.tolist(), result.corrupt, result.bytes) == ([False] * 2, 0, 0)
+
+
+async def test_a_flipped_bit_is_a_miss_and_the_block_is_dropped(
+    hub: ServerProcess, client: AsyncClient
+) -> None:
+    blocks = fresh()
+    namespace = await client.open_namespace(blocks.spec)
+    keys = blocks.chain(1, 3)
+    await namespace.push(keys, blocks.payloads(keys))
+    async with namespace.acquire(keys[1:2]) as stream:
+        granted = await anext(stream)
+        offset = granted._slot.offset
+        await granted.release()
+    fd = os.open(hub.host_dir / "arena", os.O_RDWR)
+    header = ArenaHeader.decode(os.pread(fd, 128, 0))
+    at = header.data_offset + offset + blocks.payload_bytes - 1
+    os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 4]), at)
+    os.close(fd)
+    out = blocks.out(3)
+    result = await namespace.pull(keys, out)
+    assert (result.found.tolist(), result.corrupt) == ([True, False, True], 1)
+    assert blocks.wrong(keys, out, result.found) == []
+    assert (await namespace.lookup(keys)).usable_blocks == 1, "reported, verified, dropped"
+    assert (await namespace.push(keys, blocks.payloads(keys))).written == 1
+    await check_all(namespace, blocks, keys)
 
 
 async def test_need_of_a_sliding_window(client: AsyncClient) -> None:

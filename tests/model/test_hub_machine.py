@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvproto.grid import Region
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.errors import CoreError
 from kvserver.core.hub import HubConfig
 from tests.model.reference import ModelReservation, Name, Reference
@@ -314,7 +315,7 @@ class HubMachine(RuleBasedStateMachine):
             ev.Commit, session=reservation.session, reservation=reservation.ident,
             indices=indices, region=region,
         )  # fmt: skip
-        if isinstance(result, ev.CommitResult) and not loose:
+        if isinstance(result, ins.CommitResult) and not loose:
             assert result.verdicts == expected
         elif isinstance(result, CoreError):
             assert result.field == "durable" or loose, result
@@ -408,7 +409,7 @@ class HubMachine(RuleBasedStateMachine):
         result = self.ask(
             ev.Lookup, session=session, namespace=handle, hashes=keys, need=need, pin=pin
         )
-        assert isinstance(result, ev.LookupResult)
+        assert isinstance(result, ins.LookupResult)
         states = [ev.BlockState(s) for s in result.states]
         for name, state, tier in zip(self.names(handle, keys), states, result.tiers, strict=True):
             assert (tier > 0) == (state is ev.BlockState.COMPLETE)
@@ -480,7 +481,7 @@ class HubMachine(RuleBasedStateMachine):
         spec = self.choose(SPECS, ns)
         keys = [] if every else self.keys_of(span)
         result = self.ask(ev.Evict, namespace_id=spec.id, hashes=keys)
-        assert isinstance(result, ev.Evicted)
+        assert isinstance(result, ins.Evicted)
 
     @rule(at=pick, ns=pick, span=spans)
     def report_corrupt(self, at: int, ns: int, span: tuple[int, int, int]) -> None:
@@ -496,7 +497,7 @@ class HubMachine(RuleBasedStateMachine):
             return  # rarely
         handle = self.handles[ns]
         self.model.drop_namespace(handle)
-        assert isinstance(self.ask(ev.DropNamespace, namespace_id=SPECS[ns].id), ev.Evicted)
+        assert isinstance(self.ask(ev.DropNamespace, namespace_id=SPECS[ns].id), ins.Evicted)
         self.handles[ns] = self.world.namespace(session, SPECS[ns])
         assert self.handles[ns] != handle
 
@@ -507,7 +508,7 @@ class HubMachine(RuleBasedStateMachine):
         self.zombies += self.live
         self.live = []
         for job in old.jobs.values():
-            if isinstance(job, ev.Copy):
+            if isinstance(job, ins.Copy):
                 old.cells.pop((job.target.tier, job.target.offset), None)
         if rot % 3 == 0 and old.entries:
             old.cells[HOST, self.choose(old.entries, rot)] = {}
@@ -572,7 +573,7 @@ class HubMachine(RuleBasedStateMachine):
             granted = self.world.granted(ticket)
             assert granted == sorted(set(granted))
             result = self.world.answers.get(ticket)
-            if isinstance(result, ev.AcquireResult):
+            if isinstance(result, ins.AcquireResult):
                 missing = [i for g in self.world.grants.get(ticket, []) for i in g.missing]
                 missing += result.missing
                 count = len(self.world.asked[ticket].hashes)

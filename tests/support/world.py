@@ -19,6 +19,7 @@ from kvproto.grid import Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.hub import Hub, HubConfig
 
 DEVICE, HOST, DISK = ev.Tier.DEVICE, ev.Tier.HOST, ev.Tier.DISK
@@ -55,7 +56,7 @@ class Entry:
     slot_bytes: int
     generation: int
     clients: tuple[int, ...] = ()
-    info: ev.BlockInfo | None = None
+    info: ins.BlockInfo | None = None
 
 
 @dataclass
@@ -63,7 +64,7 @@ class LeaseView:
     """What a reader knows of a lease."""
 
     ticket: int
-    blocks: list[tuple[bytes, ev.GrantedBlock]]
+    blocks: list[tuple[bytes, ins.GrantedBlock]]
     region: Region
     until: float
 
@@ -74,8 +75,8 @@ class World:
     ready: bool = True
     now: float = 100.0
     answers: dict[int, Any] = field(default_factory=dict)
-    grants: dict[int, list[ev.Granted]] = field(default_factory=dict)
-    jobs: dict[int, ev.Copy | ev.Verify] = field(default_factory=dict)
+    grants: dict[int, list[ins.Granted]] = field(default_factory=dict)
+    jobs: dict[int, ins.Copy | ins.Verify] = field(default_factory=dict)
     entries: dict[int, Entry] = field(default_factory=dict)  # host, by offset
     records: dict[int, Entry] = field(default_factory=dict)  # disk, by offset
     cells: dict[tuple[ev.Tier, int], dict[int, bytes]] = field(default_factory=dict)
@@ -127,23 +128,23 @@ class World:
 
     def _carry_out(self, instruction: Any) -> None:
         match instruction:
-            case ev.Answer(ticket, result):
+            case ins.Answer(ticket, result):
                 assert ticket not in self.answers, "answered twice"
                 self.answers[ticket] = result
-            case ev.Refusal(ticket, error):
+            case ins.Refusal(ticket, error):
                 assert ticket not in self.answers, "answered twice"
                 self.answers[ticket] = error
-            case ev.Granted():
+            case ins.Granted():
                 self._granted(instruction)
-            case ev.EntryReserved(place, clients):
+            case ins.EntryReserved(place, clients):
                 self._stamp(place, same=self._is_reserved(place))
                 self._write(place, Entry(place.slot_bytes, place.generation, clients))
-            case ev.EntryInvalid(place):
+            case ins.EntryInvalid(place):
                 self._stamp(place, same=False)
                 self._erase(place.tier, place.offset)
-            case ev.CellsCommitted():
+            case ins.CellsCommitted():
                 self._committed(instruction)
-            case ev.Copy() | ev.Verify():
+            case ins.Copy() | ins.Verify():
                 self._start(instruction)
             case _:
                 raise AssertionError(f"unknown instruction {instruction}")
@@ -173,14 +174,14 @@ class World:
             for unit in range(offset // UNIT, (offset + entry.slot_bytes) // UNIT):
                 self._units.pop((tier, unit), None)
 
-    def _granted(self, granted: ev.Granted) -> None:
+    def _granted(self, granted: ins.Granted) -> None:
         self.grants.setdefault(granted.ticket, []).append(granted)
         event = self.asked[granted.ticket]
         blocks = [(event.hashes[block.index], block) for block in granted.blocks]
         until = self.now + granted.lease_seconds
         self.leases[granted.lease] = LeaseView(granted.ticket, blocks, event.region, until)
 
-    def _committed(self, event: ev.CellsCommitted) -> None:
+    def _committed(self, event: ins.CellsCommitted) -> None:
         entry = self.entries[event.place.offset]
         assert entry.generation == event.place.generation
         held = self.cells.get((HOST, event.place.offset), {})
@@ -189,9 +190,9 @@ class World:
         if event.complete:
             entry.clients, entry.info = (), event.info
 
-    def _start(self, job: ev.Copy | ev.Verify) -> None:
+    def _start(self, job: ins.Copy | ins.Verify) -> None:
         assert job.job not in self.jobs
-        if isinstance(job, ev.Copy):
+        if isinstance(job, ins.Copy):
             assert job.source.generation == self.generation_at(job.source)
             if job.target.tier == DISK:
                 self._erase(DISK, job.target.offset)
@@ -208,17 +209,17 @@ class World:
 
     def finish(
         self, job: int | None = None, *, error: str = "", corrupt: bool | None = None
-    ) -> ev.Copy | ev.Verify:
+    ) -> ins.Copy | ins.Verify:
         """End a job, the oldest by default. A sound mover finds corruption by itself."""
         ident = min(self.jobs) if job is None else job
         what = self.jobs.pop(ident)
-        source = what.source if isinstance(what, ev.Copy) else what.place
+        source = what.source if isinstance(what, ins.Copy) else what.place
         cells = self.cells.get((source.tier, source.offset), {})
         count = self.grid_of(what.info.namespace).cells
         sound = all(cells.get(cell) == what.info.key for cell in range(count))
-        checked = not isinstance(what, ev.Copy) or what.kind is ev.JobKind.PROMOTE
+        checked = not isinstance(what, ins.Copy) or what.kind is ins.JobKind.PROMOTE
         bad = (checked and not sound) if corrupt is None else corrupt
-        if isinstance(what, ev.Copy) and not error and not bad:
+        if isinstance(what, ins.Copy) and not error and not bad:
             self.cells[what.target.tier, what.target.offset] = dict(cells)
             if what.target.tier != DEVICE:
                 entry = Entry(what.target.slot_bytes, what.target.generation, info=what.info)
@@ -275,7 +276,7 @@ class World:
     def put(self, namespace: int, keys: Sequence[bytes], **fields: Any) -> Any:
         """Reserve, write and commit; the ReserveResult."""
         result = self.reserve(namespace, keys, **fields)
-        assert isinstance(result, ev.ReserveResult), result
+        assert isinstance(result, ins.ReserveResult), result
         region = fields.get("region", self.grid_of(namespace).whole)
         indices = [i for i, v in enumerate(result.verdicts) if v is ev.ReserveVerdict.WRITE]
         for index in indices:

@@ -9,8 +9,11 @@ import pytest
 
 from kvproto.grid import Region
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
-from kvserver.core.events import BlockState
+from kvserver.core.events import (
+    BlockState,
+)
 from kvserver.core.hub import HubConfig
 from kvserver.core.reading import usable_prefix
 from tests.support.world import DISK, HOST, UNIT, World, chain, key_of, make_spec
@@ -91,7 +94,7 @@ def test_a_pin_promotes_what_is_on_disk() -> None:
     keys = chain("a", 3)
     to_disk(world, keys)
     lease = world.lookup(1, keys, pin=30.0)
-    assert [job.kind for job in world.jobs.values()] == [ev.JobKind.PROMOTE] * 3
+    assert [job.kind for job in world.jobs.values()] == [ins.JobKind.PROMOTE] * 3
     world.finish_all()
     for i in range(20):
         world.put(1, chain(f"b{i}", 3))
@@ -133,7 +136,7 @@ def test_blocks_in_memory_come_in_one_grant() -> None:
     assert len(world.grants[ticket]) == 1
     assert world.granted(ticket) == [0, 1, 2, 3, 4]
     assert world.grants[ticket][0].missing == [5]
-    assert world.answers[ticket] == ev.AcquireResult(5, [])
+    assert world.answers[ticket] == ins.AcquireResult(5, [])
 
 
 def test_the_window_bounds_what_is_leased() -> None:
@@ -204,7 +207,7 @@ def test_who_waits_for_a_writer_waits_no_longer_than_told() -> None:
     world.advance(2.9)
     assert ticket not in world.answers
     world.advance(0.1)
-    assert world.answers[ticket] == ev.AcquireResult(0, [0, 1])
+    assert world.answers[ticket] == ins.AcquireResult(0, [0, 1])
     assert world.acquire(1, keys, wait=0.0) in world.answers
 
 
@@ -214,7 +217,7 @@ def test_a_writer_that_aborts_wakes_its_readers() -> None:
     result = world.reserve(1, keys)
     ticket = world.acquire(1, keys, wait=100.0)
     world.ask(ev.Abort, session=1, reservation=result.reservation, drained=True)
-    assert world.answers[ticket] == ev.AcquireResult(0, [0])
+    assert world.answers[ticket] == ins.AcquireResult(0, [0])
 
 
 def test_streams_that_want_one_block_share_its_copy() -> None:
@@ -363,7 +366,7 @@ def test_a_stream_that_starves_too_long_goes_without() -> None:
     world.advance(4.9)
     assert ticket not in world.answers
     world.advance(0.1)
-    assert world.answers[ticket] == ev.AcquireResult(0, [0])
+    assert world.answers[ticket] == ins.AcquireResult(0, [0])
     world.hub.validate()
 
 
@@ -413,7 +416,7 @@ def test_a_corrupt_host_copy_falls_back_to_the_disk() -> None:
     world.ask(ev.ReportCorrupt, session=1, namespace=1, hashes=keys)
     ticket = world.acquire(1, keys)
     world.finish(corrupt=True)
-    assert [job.kind for job in world.jobs.values()] == [ev.JobKind.PROMOTE]
+    assert [job.kind for job in world.jobs.values()] == [ins.JobKind.PROMOTE]
     world.finish_all()
     assert world.granted(ticket) == [0]
     world.check_leases()

@@ -7,7 +7,11 @@ import time
 
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
-from kvserver.core.events import ReserveVerdict, RestoredBlock
+from kvserver.core import instructions as ins
+from kvserver.core.events import (
+    ReserveVerdict,
+    RestoredBlock,
+)
 from kvserver.core.hub import HubConfig
 from tests.support.world import DISK, HOST, UNIT, World, chain, key_of, make_spec, parents_of
 
@@ -61,7 +65,7 @@ def test_a_restored_block_is_verified_before_its_first_lease() -> None:
     assert world.lookup(1, keys).usable_blocks == 2
     ticket = world.acquire(1, keys)
     assert world.granted(ticket) == []
-    assert all(isinstance(job, ev.Verify) for job in world.jobs.values())
+    assert all(isinstance(job, ins.Verify) for job in world.jobs.values())
     world.finish_all()
     assert world.granted(ticket) == [0, 1]
     world.check_leases()
@@ -141,7 +145,7 @@ def test_what_cannot_be_right_is_dropped_and_made_invalid() -> None:
     world.send(ev.RestoreNamespace(SPEC))
     world.send(ev.RestoreBlocks(HOST, [good, *bad]))
     out = world.send(ev.RestoreDone(HOST))
-    invalid = {i.place.offset for i in out if isinstance(i, ev.EntryInvalid)}
+    invalid = {i.place.offset for i in out if isinstance(i, ins.EntryInvalid)}
     assert invalid == {item.offset for item in bad}
     assert world.counter("restore_dropped") == len(bad)
     assert world.counter("restored_host") == 1

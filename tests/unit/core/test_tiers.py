@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
-from kvserver.core.events import BlockState, ReserveVerdict
+from kvserver.core.events import (
+    BlockState,
+    ReserveVerdict,
+)
 from kvserver.core.hub import HubConfig
 from tests.support.world import DEVICE, DISK, HOST, UNIT, World, chain, make_spec
 
@@ -37,8 +41,8 @@ def test_completed_blocks_go_to_disk_in_order_and_few_at_a_time() -> None:
     while world.jobs:
         assert len(world.jobs) <= 2
         job = world.finish()
-        assert isinstance(job, ev.Copy)
-        assert (job.kind, job.source.tier, job.target.tier) == (ev.JobKind.SPILL, HOST, DISK)
+        assert isinstance(job, ins.Copy)
+        assert (job.kind, job.source.tier, job.target.tier) == (ins.JobKind.SPILL, HOST, DISK)
         started.append(job.info.key)
     assert started == keys
     assert all(world.tiers_of(1, key) == {HOST, DISK} for key in keys)
@@ -192,7 +196,7 @@ def test_hot_blocks_go_to_the_device_and_are_granted_from_there() -> None:
     world.lookup(1, keys)
     assert not world.jobs
     assert world.lookup(1, keys).tiers == bytes([HOST, HOST])
-    assert {job.kind for job in world.jobs.values()} == {ev.JobKind.UPLOAD}
+    assert {job.kind for job in world.jobs.values()} == {ins.JobKind.UPLOAD}
     world.finish_all()
     assert world.lookup(1, keys).tiers == bytes([DEVICE, DEVICE])
     ticket = world.acquire(1, keys, readable=frozenset({HOST, DEVICE}))
@@ -213,7 +217,7 @@ def test_what_the_host_lost_is_downloaded_from_the_device() -> None:
         world.put(1, chain(f"b{i}", 2))
     assert [world.tiers_of(1, key) for key in keys] == [{DEVICE}, {DEVICE}]
     ticket = world.acquire(1, keys)
-    assert {job.kind for job in world.jobs.values()} == {ev.JobKind.DOWNLOAD}
+    assert {job.kind for job in world.jobs.values()} == {ins.JobKind.DOWNLOAD}
     world.finish_all()
     assert world.granted(ticket) == [0, 1]
     assert {block.came_from for block in world.grants[ticket][0].blocks} == {DEVICE}
@@ -245,7 +249,7 @@ def test_memory_keeps_serving_while_the_disk_is_down() -> None:
     looked = world.lookup(1, keys)
     assert [BlockState(s) for s in looked.states] == [BlockState.ABSENT] * 2
     ticket = world.acquire(1, keys)
-    assert world.answers[ticket] == ev.AcquireResult(0, [0, 1])
+    assert world.answers[ticket] == ins.AcquireResult(0, [0, 1])
     assert world.put(1, chain("c", 4)).verdicts == [ReserveVerdict.WRITE] * 4
     assert not world.jobs
     assert world.tier(DISK).note == "EIO"
@@ -274,7 +278,7 @@ def test_a_job_that_ends_late_touches_no_new_block() -> None:
     world = make_world()
     world.put(1, chain("a", 1))
     (job,) = world.jobs.values()
-    assert isinstance(job, ev.Copy)
+    assert isinstance(job, ins.Copy)
     world.ask(ev.DropNamespace, namespace_id=make_spec().id)
     assert world.tier(HOST).quarantined == 1
     assert world.tier(DISK).quarantined == 1

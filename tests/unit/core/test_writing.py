@@ -6,8 +6,13 @@ import pytest
 
 from kvproto.grid import Region
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import BlockState, CommitVerdict, ReserveVerdict
+from kvserver.core.events import (
+    BlockState,
+    CommitVerdict,
+    ReserveVerdict,
+)
 from kvserver.core.hub import HubConfig
 from tests.support.world import DISK, HOST, UNIT, World, chain, make_spec, parents_of
 
@@ -29,14 +34,14 @@ def states(world: World, keys: list[bytes]) -> list[BlockState]:
     return [BlockState(state) for state in world.lookup(1, keys).states]
 
 
-def commit(world: World, result: ev.ReserveResult, key: bytes, region: Region) -> ev.CommitResult:
+def commit(world: World, result: ins.ReserveResult, key: bytes, region: Region) -> ins.CommitResult:
     place = result.places[0]
     assert place is not None
     world.write(place, key, world.grid_of(1).cell_indices(region))
     answer = world.ask(
         ev.Commit, session=1, reservation=result.reservation, indices=[0], region=region
     )
-    assert isinstance(answer, ev.CommitResult), answer
+    assert isinstance(answer, ins.CommitResult), answer
     return answer
 
 
@@ -338,7 +343,7 @@ def test_durable_answers_after_the_disk() -> None:
     world.put(1, keys, durable=True)
     ticket = world.ticket
     assert ticket not in world.answers
-    assert all(isinstance(job, ev.Copy) and job.durable for job in world.jobs.values())
+    assert all(isinstance(job, ins.Copy) and job.durable for job in world.jobs.values())
     world.finish()
     assert ticket not in world.answers
     world.finish()

@@ -13,7 +13,17 @@ import pytest
 from kvproto.checksum import grid_checksums, root_of
 from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import ROOT
-from kvserver.core.events import BlockInfo, Copy, Event, JobDone, JobKind, Place, Tier
+from kvserver.core.events import (
+    Event,
+    JobDone,
+    Place,
+    Tier,
+)
+from kvserver.core.instructions import (
+    BlockInfo,
+    Copy,
+    JobKind,
+)
 from kvserver.journal.directory import JOURNAL_NAME, Directory
 from kvserver.observe.logs import get_logger
 from kvserver.runtime import failpoints

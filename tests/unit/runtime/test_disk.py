@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvserver.core.events import Place, Tier
+from kvserver.core.events import (
+    Place,
+    Tier,
+)
 from kvserver.journal.record import DiskRecord
 from kvserver.runtime import failpoints
 from kvserver.runtime.disk import DiskDown, DiskTier, Spill

@@ -14,6 +14,7 @@ import pytest
 from kvproto.checksum import grid_checksums
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
+from kvserver.core import instructions as ins
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.limits import HubConfig
 from kvserver.observe.logs import get_logger
@@ -47,8 +48,8 @@ class Rig:
     namespace: int = 0
     posted: list[str] = field(default_factory=list)
 
-    async def reserve(self, *, wait: float = 0.0) -> ev.ReserveResult:
-        return await self.driver.ask(self.reservation(wait=wait), ev.ReserveResult)
+    async def reserve(self, *, wait: float = 0.0) -> ins.ReserveResult:
+        return await self.driver.ask(self.reservation(wait=wait), ins.ReserveResult)
 
     def reservation(self, *, wait: float = 0.0) -> ev.Reserve:
         parents = [ROOT, *KEYS[:-1]]
@@ -57,7 +58,7 @@ class Rig:
             ttl=5.0, wait=wait,
         )  # fmt: skip
 
-    async def push(self) -> ev.ReserveResult:
+    async def push(self) -> ins.ReserveResult:
         reserved = await self.reserve()
         sums = []
         for key, place in zip(KEYS, reserved.places, strict=True):
@@ -155,11 +156,11 @@ async def test_a_refusal_is_raised_where_it_was_asked(rig: Rig) -> None:
 async def test_a_stream_grants_what_is_there_and_ends(rig: Rig) -> None:
     await rig.push()
     items = [item async for item in rig.driver.acquire(rig.acquisition())]
-    granted = [b.index for item in items if isinstance(item, ev.Granted) for b in item.blocks]
+    granted = [b.index for item in items if isinstance(item, ins.Granted) for b in item.blocks]
     assert granted == [0, 1, 2, 3]
-    assert isinstance(items[-1], ev.AcquireResult)
+    assert isinstance(items[-1], ins.AcquireResult)
     assert rig.leases() > 0
-    leases = [item.lease for item in items if isinstance(item, ev.Granted)]
+    leases = [item.lease for item in items if isinstance(item, ins.Granted)]
     release = ev.Release(rig.driver.ticket(), SESSION, leases)
     assert await rig.driver.ask(release, int) == len(leases)
     assert rig.leases() == 0
@@ -201,7 +202,7 @@ async def test_a_reserve_that_nobody_waits_for_any_more_is_aborted(rig: Rig) -> 
             GRID.whole,
             ttl=50.0,
         ),
-        ev.ReserveResult,
+        ins.ReserveResult,
     )
     assert ev.ReserveVerdict.NO_SPACE in held.verdicts
     task = asyncio.create_task(rig.reserve(wait=50.0))

@@ -8,7 +8,14 @@ import pytest
 from kvproto.checksum import grid_checksums
 from kvproto.grid import Region
 from kvproto.prefix import ROOT
-from kvserver.core.events import BlockInfo, CellsCommitted, Place, Tier
+from kvserver.core.events import (
+    Place,
+    Tier,
+)
+from kvserver.core.instructions import (
+    BlockInfo,
+    CellsCommitted,
+)
 from kvserver.runtime.entries import HostEntries
 from kvserver.tiers.checksums import verify_slot
 from kvserver.tiers.entry import ReservedEntry, ValidEntry

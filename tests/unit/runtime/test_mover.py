@@ -7,7 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvserver.core.events import Copy, JobDone, JobKind, Place, Tier, TierDown, TierUp, Verify
+from kvserver.core.events import (
+    JobDone,
+    Place,
+    Tier,
+    TierDown,
+    TierUp,
+)
+from kvserver.core.instructions import (
+    Copy,
+    JobKind,
+    Verify,
+)
 from kvserver.observe.logs import get_logger
 from kvserver.runtime import failpoints
 from kvserver.runtime.copies import Copies

@@ -11,7 +11,10 @@ from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import Place, Tier
+from kvserver.core.events import (
+    Place,
+    Tier,
+)
 from kvserver.service import convert
 
 GRID = Grid(layers=4, heads=2, block_tokens=32, page_tokens=16, page_bytes=64)
