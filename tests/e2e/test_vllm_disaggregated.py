@@ -13,7 +13,7 @@ import pytest
 
 from kvclient import Client
 from kvproto.prefix import ROOT, prefix_hashes
-from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
@@ -32,7 +32,6 @@ BLOCK = 128
 TOKENS = 16
 LENGTHS = (100, 230, 300, 420, 512, 650, 777, 900)
 PROMPTS = [prompt(seed, length, MEDIUM) for seed, length in enumerate(LENGTHS)]
-LOOKUP_MS = 2000  # four engines share two cores here
 
 
 @dataclass
@@ -76,12 +75,12 @@ def cluster(
                     server.address,
                     role=role,
                     event_log=path / f"{name}.jsonl",
-                    lookup_ms=LOOKUP_MS,
-                    pin_ms=5000,
+                    **PATIENT,
                 )
                 engines.append(Engine.launch(model, config=config))
             for engine in engines:
                 engine.wait_ready()
+                engine.generate(prompt(98, 40, MEDIUM), tokens=2)
             wait_connected(path / "p.jsonl", 2)
             wait_connected(path / "d.jsonl", 2)
             yield Cluster(

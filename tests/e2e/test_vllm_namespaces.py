@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvclient import Client
-from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
@@ -36,7 +36,7 @@ def run(
     server: ServerProcess, model: Path, log: Path, seed: str, *, block_size: int = 32
 ) -> Generated:
     """One engine's life: start, answer, push, end."""
-    config = hub_config(server.address, event_log=log, lookup_ms=2000, pin_ms=5000)
+    config = hub_config(server.address, event_log=log, **PATIENT)
     environment = {"PYTHONHASHSEED": seed}
     with Engine.start(
         model, config=config, environment=environment, block_size=block_size

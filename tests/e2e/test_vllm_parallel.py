@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engines import Engine, Generated, hub_config, read_events
+from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
@@ -47,12 +47,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 config = hub_config(
                     server.address,
                     event_log=path / f"tp{size}.jsonl",
-                    lookup_ms=2000,
-                    pin_ms=5000,
+                    **PATIENT,
                 )
                 engines.append(Engine.launch(model, config=config, tensor_parallel=size))
             for engine in engines:
                 engine.wait_ready()
+                engine.generate(prompt(98, 40), tokens=2)
             wait_connected(path / "tp1.jsonl")
             wait_connected(path / "tp2.jsonl", 3)
             yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")

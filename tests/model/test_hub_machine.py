@@ -8,20 +8,18 @@ long runs (20,000 x 200); the normal run is 200 x 50.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from kvproto.grid import Region
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
-from kvserver.core.errors import CoreError
 from kvserver.core.hub import HubConfig
-from tests.model.reference import ModelReservation, Name, Reference
+from tests.model.writers import SPECS, WriterMachine, pick, regions, spans
 from tests.support.world import (
     DEVICE,
     DISK,
@@ -29,333 +27,14 @@ from tests.support.world import (
     UNIT,
     Entry,
     World,
-    chain,
-    make_spec,
-    parents_of,
 )
 
 EXAMPLES = int(os.environ.get("KVSERVER_MODEL_EXAMPLES", "200"))
 PHASES = [Phase.generate] if os.environ.get("KVSERVER_MODEL_NOSHRINK") else list(Phase)
 STEPS = int(os.environ.get("KVSERVER_MODEL_STEPS", "50"))
 
-CHAINS = [chain(name, 6) for name in "abcd"]
-REGIONS = [
-    Region(0, 2, 0, 2), Region(0, 1, 0, 2), Region(1, 2, 0, 2), Region(0, 2, 0, 1),
-    Region(0, 2, 1, 2), Region(0, 1, 0, 1),
-]  # fmt: skip
-SPECS = [make_spec("small"), make_spec("large", slot_units=3)]
-WRITE = ev.ReserveVerdict.WRITE
 
-pick = st.integers(0, 1 << 16)
-regions = st.sampled_from(REGIONS)
-spans = st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 5))
-
-
-@dataclass(eq=False)
-class Writing:
-    """A part of a slot that a client may write, or still writes though it may not."""
-
-    reservation: int
-    client: int
-    place: ev.Place
-    key: bytes
-    cells: set[int]
-
-
-class HubMachine(RuleBasedStateMachine):
-    @initialize(
-        host=st.sampled_from([24, 32, 48]),
-        disk=st.sampled_from([0, 32, 96]),
-        device=st.sampled_from([0, 16]),
-    )
-    def start(self, host: int, disk: int, device: int) -> None:
-        self.config = HubConfig(
-            host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
-            session_ttl=40.0, starve_max=20.0, promotions_max=3, spill_copies_max=2,
-            upload_heat=2, verifies_max=2, writers_per_block_max=3, eviction_scan_max=3,
-        )  # fmt: skip
-        self.world = World(self.config)
-        self.reset_clients()
-        self.next_session = self.next_client = 1
-        self.zombies: list[Writing] = []
-        self.live: list[Writing] = []
-        self.stalled = 0.0
-        self.disk_up = True
-        self.open_session()
-        self.handles = [self.world.namespace(1, spec) for spec in SPECS]
-
-    def reset_clients(self) -> None:
-        self.model = Reference(4, partial_ttl=5.0, session_ttl=40.0)
-        self.clients: list[tuple[int, int]] = []  # session, client
-        self.streams: list[int] = []
-        self.pending: dict[int, ev.Reserve] = {}
-
-    # ---- helpers
-
-    @property
-    def now(self) -> float:
-        return self.world.now - self.stalled
-
-    def ask(self, kind: type, **fields: Any) -> Any:
-        result = self.world.ask(kind, **fields)
-        self.settle()
-        return result
-
-    def settle(self) -> None:
-        """Let the model's time pass, and take in Reserves that were answered late."""
-        self.model.run_to(self.now)
-        for ticket, event in list(self.pending.items()):
-            if ticket in self.world.answers:
-                del self.pending[ticket]
-                self.take_in(event, self.world.answers[ticket])
-
-    def keys_of(self, span: tuple[int, int, int]) -> list[bytes]:
-        return CHAINS[span[0]][span[1] : span[1] + span[2]]
-
-    def names(self, handle: int, keys: list[bytes]) -> list[Name]:
-        return [(handle, key) for key in keys]
-
-    def choose(self, items: Any, at: int) -> Any:
-        items = list(items)
-        return items[at % len(items)] if items else None
-
-    def forget_writing(self, reservation: int) -> None:
-        self.live = [w for w in self.live if w.reservation != reservation]
-        self.zombies = [w for w in self.zombies if w.reservation != reservation]
-
-    # ---- sessions
-
-    @rule()
-    def open_session(self) -> None:
-        if len(self.model.sessions) < 4:
-            self.ask(ev.OpenSession, session=self.next_session)
-            self.model.sessions[self.next_session] = self.now + 40.0
-            self.next_session += 1
-            self.join_client(0)
-
-    @rule(at=pick)
-    def join_client(self, at: int) -> None:
-        session = self.choose(self.model.sessions, at if at else -1)
-        if session is not None:
-            assert self.ask(ev.JoinSession, session=session, client=self.next_client) is None
-            self.clients.append((session, self.next_client))
-            self.next_client += 1
-
-    @rule()
-    def heartbeats(self) -> None:
-        for session in list(self.model.sessions):
-            self.model.sessions[session] = self.now + 40.0
-            assert self.ask(ev.Heartbeat, session=session) is None
-
-    @rule(at=pick, drained=st.booleans())
-    def close_client(self, at: int, drained: bool) -> None:
-        chosen = self.choose(self.clients, at)
-        if chosen is None or chosen[0] not in self.model.sessions:
-            return
-        session, client = chosen
-        self.stop_writing(client, drained=drained)
-        self.clients.remove(chosen)
-        self.model.end_client(session, client, self.now, drained=drained)
-        assert self.ask(ev.CloseClient, session=session, client=client, drained=drained) is None
-
-    @rule(at=pick, drained=st.booleans())
-    def close_session(self, at: int, drained: bool) -> None:
-        session = self.choose(self.model.sessions, at)
-        if session is None:
-            return
-        for owner, client in self.clients:
-            if owner == session:
-                self.stop_writing(client, drained=drained)
-        self.model.end_session(session, self.now, drained=drained)
-        assert self.ask(ev.CloseSession, session=session, drained=drained) is None
-
-    def stop_writing(self, client: int, *, drained: bool) -> None:
-        if drained:
-            self.live = [w for w in self.live if w.client != client]
-            self.zombies = [w for w in self.zombies if w.client != client]
-        else:
-            self.zombies += [w for w in self.live if w.client == client]
-            self.live = [w for w in self.live if w.client != client]
-
-    @rule(at=pick)
-    def client_dies(self, at: int) -> None:
-        known = sorted({c for _, c in self.clients} | {w.client for w in self.zombies})
-        client = self.choose(known, at)
-        if client is None:
-            return
-        self.stop_writing(client, drained=True)
-        for session, other in list(self.clients):
-            if other == client and session in self.model.sessions:
-                self.model.end_client(session, client, self.now, drained=True)
-        self.clients = [c for c in self.clients if c[1] != client]
-        self.world.send(ev.ClientDead(client))
-        self.settle()
-
-    # ---- writing
-
-    @rule(at=pick, ns=pick, span=spans, ttl=st.floats(1, 30))
-    def announce(self, at: int, ns: int, span: tuple[int, int, int], ttl: float) -> None:
-        session = self.choose(self.model.sessions, at)
-        if session is None:
-            return
-        handle, keys = self.choose(self.handles, ns), self.keys_of(span)
-        for name in self.names(handle, keys):
-            if name not in self.model.filling:
-                self.model.loose.add(name) if name in self.model.complete else None
-                callers = self.model.announced.setdefault(name, [])
-                callers.append((session, self.now + ttl))
-        self.ask(
-            ev.Announce, session=session, namespace=handle, hashes=keys, ttl=ttl
-        )  # fmt: skip
-
-    @rule(
-        at=pick, ns=pick, span=spans, region=regions, ttl=st.floats(1, 20),
-        wait=st.sampled_from([0.0, 0.0, 0.0, 4.0]), durable=st.sampled_from([False, False, True]),
-    )  # fmt: skip
-    def reserve(
-        self, at: int, ns: int, span: tuple[int, int, int], region: Region, ttl: float,
-        wait: float, durable: bool,
-    ) -> None:  # fmt: skip
-        chosen = self.choose([c for c in self.clients if c[0] in self.model.sessions], at)
-        if chosen is None:
-            return
-        handle = self.choose(self.handles, ns)
-        keys = self.keys_of(span)
-        self.world.ticket += 1
-        event = ev.Reserve(
-            ticket=self.world.ticket, session=chosen[0], client=chosen[1], namespace=handle,
-            hashes=keys, parents=parents_of(CHAINS[span[0]])[span[1] : span[1] + span[2]],
-            tokens=[], region=region, ttl=ttl, wait=wait, durable=durable,
-        )  # fmt: skip
-        self.world.send(event)
-        answer = self.world.answers.get(event.ticket)
-        if answer is None:
-            self.model.loose.update(self.names(handle, keys))
-            self.pending[event.ticket] = event
-            self.settle()
-            return
-        self.settle()
-        self.take_in(event, answer, exact=True)
-
-    def take_in(self, event: ev.Reserve, answer: Any, *, exact: bool = False) -> None:
-        """Compare a Reserve's answer with the model, and begin to write."""
-        if isinstance(answer, CoreError):
-            assert not exact or (event.durable and answer.field == "durable"), answer
-            return
-        cells = set(self.world.grid_of(event.namespace).cell_indices(event.region))
-        blocks: dict[int, tuple[Name, set[int]]] = {}
-        for at, verdict in enumerate(answer.verdicts):
-            name = (event.namespace, event.hashes[at])
-            expected = self.model.verdict(name, cells)
-            if exact and name not in self.model.loose:
-                present = expected is ev.ReserveVerdict.PRESENT
-                evicted = name in self.model.complete and verdict is not ev.ReserveVerdict.BUSY
-                refused = verdict is ev.ReserveVerdict.NO_SPACE and (
-                    expected is WRITE or (present and event.durable)
-                )
-                many = expected is WRITE and verdict is ev.ReserveVerdict.BUSY
-                crowded = many and len(self.model.filling[name].parts) >= 3
-                assert verdict is expected or evicted or refused or crowded, (verdict, expected)
-            if verdict is not WRITE:
-                continue
-            self.model.complete.discard(name)
-            blocks[at] = (name, set(cells))
-            place = answer.places[at]
-            self.live.append(Writing(answer.reservation, event.client, place, name[1], set(cells)))
-        if blocks:
-            self.model.reserve(
-                ModelReservation(
-                    answer.reservation, event.session, event.client,
-                    self.now + answer.ttl, blocks,
-                )
-            )  # fmt: skip
-            if not exact:
-                self.model.loose.update(name for name, _ in blocks.values())
-
-    @rule(at=pick)
-    def write(self, at: int) -> None:
-        """Anyone who may write, or might still, writes now."""
-        part = self.choose(self.live + self.zombies, at)
-        if part is not None:
-            self.world.write(part.place, part.key, part.cells)
-
-    @rule()
-    def zombies_write(self) -> None:
-        for part in self.zombies:
-            self.world.write(part.place, part.key, part.cells)
-
-    @rule(at=pick, region=st.one_of(st.none(), regions), some=st.integers(0, 63))
-    def commit(self, at: int, region: Region | None, some: int) -> None:
-        reservation = self.choose(self.model.reservations.values(), at)
-        if reservation is None:
-            return
-        handle = next(iter(reservation.blocks.values()))[0][0]
-        grid = SPECS[self.handles.index(handle)].grid if handle in self.handles else SPECS[0].grid
-        if region is None:
-            region = self.whole_part(reservation)
-        cells = set(grid.cell_indices(region))
-        indices = [
-            i
-            for n, (i, (_, left)) in enumerate(reservation.blocks.items())
-            if cells <= left and not some >> n & 1
-        ]
-        if not indices:
-            return
-        names = {reservation.blocks[i][0] for i in indices}
-        loose = bool(names & self.model.loose)
-        for part in self.live:
-            if part.reservation == reservation.ident and (handle, part.key) in names:
-                self.world.write(part.place, part.key, part.cells & cells)
-        now = self.now
-        expected = [self.model.commit(reservation, i, cells, now) for i in indices]
-        for part in self.live + self.zombies:
-            if part.reservation == reservation.ident and (handle, part.key) in names:
-                part.cells -= cells
-        result = self.ask(
-            ev.Commit, session=reservation.session, reservation=reservation.ident,
-            indices=indices, region=region,
-        )  # fmt: skip
-        if isinstance(result, ins.CommitResult) and not loose:
-            assert result.verdicts == expected
-        elif isinstance(result, CoreError):
-            assert result.field == "durable" or loose, result
-
-    def whole_part(self, reservation: ModelReservation) -> Region:
-        left = next(iter(reservation.blocks.values()))[1]
-        grid = SPECS[0].grid
-        return next((r for r in REGIONS if set(grid.cell_indices(r)) == left), REGIONS[-1])
-
-    @rule(at=pick, drained=st.booleans())
-    def abort(self, at: int, drained: bool) -> None:
-        reservation = self.choose(self.model.reservations.values(), at)
-        if reservation is None:
-            return
-        loose = any(name in self.model.loose for name, _ in reservation.blocks.values())
-        if drained:
-            self.forget_writing(reservation.ident)
-        else:
-            self.retire(reservation.ident)
-        self.model.end(reservation, self.now, drained=drained)
-        result = self.ask(
-            ev.Abort, session=reservation.session, reservation=reservation.ident, drained=drained
-        )
-        assert result is None or loose, result
-
-    def retire(self, reservation: int) -> None:
-        """What a reservation allowed is forbidden now; its writer goes on."""
-        self.zombies += [w for w in self.live if w.reservation == reservation]
-        self.live = [w for w in self.live if w.reservation != reservation]
-
-    @rule(at=pick)
-    def fence(self, at: int) -> None:
-        part = self.choose(self.zombies, at)
-        if part is None:
-            return
-        session = next((s for s, c in self.clients if c == part.client), None)
-        if session is not None:
-            self.zombies = [w for w in self.zombies if w.reservation != part.reservation]
-            self.ask(ev.Fence, session=session, reservation=part.reservation)
-
+class HubMachine(WriterMachine):
     # ---- reading
 
     @rule(
@@ -566,6 +245,16 @@ class HubMachine(RuleBasedStateMachine):
             self.world.hub.validate()
             self.world.check_leases()
             self.check_streams()
+            self.check_fences()
+
+    def check_fences(self) -> None:
+        """A slot that someone may still write is nobody else's, and says who writes it."""
+        for part in self.live + self.zombies:
+            if part.cells:
+                entry = self.world.entries.get(part.place.offset)
+                assert entry is not None, f"{part} is free and may be written"
+                assert entry.generation == part.place.generation, f"{part} is reused"
+                assert part.client in entry.clients, f"{part} is not in the directory"
 
     def check_streams(self) -> None:
         """In order, each once; at the end every position was granted or is missing."""

@@ -30,6 +30,10 @@ CALL_S = 120.0
 MAIN = Path(__file__).with_name("engine_main.py")
 
 
+# Adapter settings for tests that are about bytes, not about time: engines and hub share two cores.
+PATIENT: dict[str, Any] = {"lookup_ms": 10_000, "load_deadline_ms": 60_000, "pin_ms": 10_000}
+
+
 class EngineError(AssertionError):
     """An engine did not do what it was asked; carries the end of its log."""
 

@@ -199,6 +199,19 @@ def test_a_lease_on_committed_cells_outlives_the_block(world: World) -> None:
     assert world.tier(HOST).quarantined == 0
 
 
+def test_a_fence_outlives_the_last_reader(world: World) -> None:
+    keys = chain("a", 1)
+    first = world.reserve(1, keys, region=LEFT, ttl=2.0)
+    world.reserve(1, keys, region=RIGHT, client=11, ttl=2.0)
+    commit(world, first, keys[0], LEFT)
+    ticket = world.acquire(1, keys, region=LEFT, lease=20.0)
+    world.advance(2.0)
+    world.release(*world.leases_of(ticket))
+    assert world.tier(HOST).quarantined == 1, "a writer may still write it"
+    world.send(ev.ClientDead(11))
+    assert world.tier(HOST).quarantined == 0
+
+
 def test_a_wrong_commit_changes_nothing(world: World) -> None:
     keys = chain("a", 2)
     result = world.reserve(1, keys, region=LEFT)
