@@ -94,6 +94,7 @@ async def run(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = Server(settings)
+    gc.disable()  # recovery makes objects by the 100,000, none of them garbage: 1.6 times faster
     try:
         await server.start()
     except (FieldError, TierError, JournalError, TransferError, OSError) as error:
@@ -102,6 +103,8 @@ async def run(settings: Settings) -> int:
     except BaseException:
         await server.close()
         raise
+    finally:
+        gc.enable()
     gc.collect()
     gc.freeze()  # what recovery built stays; collecting it again and again would cost pauses
     await stopping.wait()

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
+from hypothesis.stateful import invariant
 
 from kvproto.grid import Region
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.hub import HubConfig
-from tests.model.writers import SPECS, WriterMachine, pick, regions, spans
+from tests.model.writers import CHAINS, REGIONS, SPECS, WriterMachine, op, pick, regions, spans
 from tests.support.world import (
     DEVICE,
     DISK,
@@ -37,7 +37,7 @@ STEPS = int(os.environ.get("KVSERVER_MODEL_STEPS", "50"))
 class HubMachine(WriterMachine):
     # ---- reading
 
-    @rule(
+    @op(10,
         at=pick, ns=pick, span=spans, region=regions, wait=st.sampled_from([0.0, 3.0, 30.0]),
         window=st.sampled_from([0, 1, 30_000, 100_000]), lease=st.floats(0.5, 15),
         readable=st.sampled_from([{HOST}, {HOST}, {HOST, DEVICE}, {DEVICE}]),
@@ -56,7 +56,17 @@ class HubMachine(WriterMachine):
         self.settle()
         self.streams.append(ticket)
 
-    @rule(at=pick, count=st.integers(1, 3))
+    @op(8, at=pick, which=pick, window=st.sampled_from([0, 1, 30_000, 100_000]))
+    def read_back(self, at: int, which: int, window: int) -> None:
+        """Reads a chain that was complete once, as far as that is known."""
+        name = self.choose(sorted(self.model.complete), which)
+        if name is not None and name[0] in self.handles:
+            chosen = next(i for i, keys in enumerate(CHAINS) if name[1] in keys)
+            span = (chosen, 0, CHAINS[chosen].index(name[1]) + 1)
+            ns = self.handles.index(name[0])
+            self.acquire(at, ns, span, REGIONS[0], 0.0, window, 8.0, {HOST})
+
+    @op(6, at=pick, count=st.integers(1, 3))
     def release(self, at: int, count: int) -> None:
         for _ in range(count):
             lease = self.choose(self.world.leases, at)
@@ -66,7 +76,7 @@ class HubMachine(WriterMachine):
             if event.session in self.model.sessions:
                 assert self.ask(ev.Release, session=event.session, leases=[lease]) == 1
 
-    @rule(at=pick)
+    @op(1, at=pick)
     def cancel(self, at: int) -> None:
         ticket = self.choose([t for t in self.streams if t not in self.world.answers], at)
         if ticket is not None:
@@ -74,7 +84,7 @@ class HubMachine(WriterMachine):
             self.world.send(ev.CancelAcquire(ticket))
             self.settle()
 
-    @rule(
+    @op(6,
         at=pick, ns=pick, span=spans, pin=st.sampled_from([0.0, 0.0, 5.0]),
         need=st.sampled_from([(), (ev.Need("last", 2),), (ev.Need("every"), ev.Need("state"))]),
     )  # fmt: skip
@@ -102,7 +112,7 @@ class HubMachine(WriterMachine):
 
     # ---- the world
 
-    @rule(at=pick, how=st.sampled_from(["ok"] * 6 + ["error", "corrupt"]))
+    @op(6, at=pick, how=st.sampled_from(["ok"] * 6 + ["error", "corrupt"]))
     def job_ends(self, at: int, how: str) -> None:
         job = self.choose(self.world.jobs, at)
         if job is not None:
@@ -112,12 +122,12 @@ class HubMachine(WriterMachine):
             self.world.finish(job, **fields)
             self.settle()
 
-    @rule()
+    @op(8)
     def jobs_end(self) -> None:
         self.world.finish_all()
         self.settle()
 
-    @rule(seconds=st.floats(0.01, 12))
+    @op(4, seconds=st.floats(0.01, 12))
     def time_passes(self, seconds: float) -> None:
         self.world.now += seconds
         for reservation in list(self.model.reservations.values()):
@@ -132,7 +142,7 @@ class HubMachine(WriterMachine):
         self.world.send(ev.Tick())
         self.settle()
 
-    @rule(seconds=st.floats(1, 100))
+    @op(1, seconds=st.floats(1, 100))
     def server_stalls(self, seconds: float) -> None:
         """Nothing expires by a stall of the server."""
         self.world.now += seconds
@@ -142,34 +152,35 @@ class HubMachine(WriterMachine):
         self.world.send(ev.Stalled(seconds))
         self.settle()
 
-    @precondition(lambda self: self.config.disk_bytes)
-    @rule()
+    @op(1)
     def disk_goes_or_comes(self) -> None:
+        if not self.config.disk_bytes:
+            return
         self.disk_up = not self.disk_up
         self.world.send(ev.TierUp(DISK) if self.disk_up else ev.TierDown(DISK, "EIO"))
         self.settle()
 
-    @rule(at=pick)
+    @op(1, at=pick)
     def disk_rots(self, at: int) -> None:
         offset = self.choose(self.world.records, at)
         if offset is not None:
             self.world.cells[DISK, offset] = {}
 
-    @rule(ns=pick, span=spans, every=st.booleans())
+    @op(1, ns=pick, span=spans, every=st.booleans())
     def evict(self, ns: int, span: tuple[int, int, int], every: bool) -> None:
         spec = self.choose(SPECS, ns)
         keys = [] if every else self.keys_of(span)
         result = self.ask(ev.Evict, namespace_id=spec.id, hashes=keys)
         assert isinstance(result, ins.Evicted)
 
-    @rule(at=pick, ns=pick, span=spans)
+    @op(2, at=pick, ns=pick, span=spans)
     def report_corrupt(self, at: int, ns: int, span: tuple[int, int, int]) -> None:
         session = self.choose(self.model.sessions, at)
         if session is not None:
             handle = self.choose(self.handles, ns)
             self.ask(ev.ReportCorrupt, session=session, namespace=handle, hashes=self.keys_of(span))
 
-    @rule(ns=st.integers(0, 9))
+    @op(1, ns=st.integers(0, 9))
     def drop_namespace(self, ns: int) -> None:
         session = self.choose(self.model.sessions, 0)
         if session is None or ns >= len(SPECS):
@@ -180,7 +191,7 @@ class HubMachine(WriterMachine):
         self.handles[ns] = self.world.namespace(session, SPECS[ns])
         assert self.handles[ns] != handle
 
-    @rule(rot=pick, resize=st.sampled_from([0, 0, -8, 8]))
+    @op(1, rot=pick, resize=st.sampled_from([0, 0, -8, 8]))
     def restart(self, rot: int, resize: int) -> None:
         """The server is killed and comes back; clients' processes live on and still write."""
         old = self.world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvserver.core.hub import HubConfig
 from tests.model.reference import ModelReservation, Name, Reference
 from tests.support.world import UNIT, World, chain, make_spec, parents_of
 
-CHAINS = [chain(name, 5) for name in "abc"]
+CHAINS = [chain(name, 6) for name in "abc"]
 REGIONS = [
     Region(0, 2, 0, 2), Region(0, 1, 0, 2), Region(1, 2, 0, 2), Region(0, 2, 0, 1),
     Region(0, 2, 1, 2), Region(0, 1, 0, 1),
@@ -26,7 +27,7 @@ WRITE = ev.ReserveVerdict.WRITE
 
 pick = st.integers(0, 1 << 16)
 regions = st.sampled_from(REGIONS)
-spans = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 5))
+spans = st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(1, 6))
 
 
 @dataclass(eq=False)
@@ -40,13 +41,43 @@ class Writing:
     cells: set[int]
 
 
+def op(weight: int, **strategies: Any) -> Callable[[Any], Any]:
+    """A method is an operation of the machine, chosen `weight` times as often as one of weight 1.
+
+    Hypothesis chooses its rules evenly, and leaves some out in each run: then most of what happens
+    is refused or ends what there is. So there is one rule, which draws an operation.
+    """
+
+    def mark(method: Any) -> Any:
+        method.op = (weight, strategies)
+        return method
+
+    return mark
+
+
 class WriterMachine(RuleBasedStateMachine):
+    @classmethod
+    def operations(cls) -> list[str]:
+        """Names of the operations, each as often as it weighs."""
+        found = [(name, getattr(cls, name)) for name in dir(cls) if name != "TestCase"]
+        return [name for name, m in found for _ in range(getattr(m, "op", (0,))[0])]
+
+    @rule(data=st.data())
+    def step(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(self.operations()), label="operation")
+        _, strategies = getattr(self, name).op
+        drawn = {key: data.draw(strategy, label=key) for key, strategy in strategies.items()}
+        getattr(self, name)(**drawn)
+
     @initialize(
         host=st.sampled_from([24, 32, 48]),
         disk=st.sampled_from([0, 32, 96]),
         device=st.sampled_from([0, 16]),
+        warm=st.lists(st.tuples(pick, spans), max_size=8),
     )
-    def start(self, host: int, disk: int, device: int) -> None:
+    def start(
+        self, host: int, disk: int, device: int, warm: list[tuple[int, tuple[int, int, int]]]
+    ) -> None:
         self.config = HubConfig(
             host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
             session_ttl=40.0, starve_max=20.0, promotions_max=3, spill_copies_max=2,
@@ -61,6 +92,9 @@ class WriterMachine(RuleBasedStateMachine):
         self.disk_up = True
         self.open_session()
         self.handles = [self.world.namespace(1, spec) for spec in SPECS]
+        for ns, span in warm:
+            self.push(0, ns, span)
+            self.world.finish_all()
 
     def reset_clients(self) -> None:
         self.model = Reference(4, partial_ttl=5.0, session_ttl=40.0)
@@ -103,7 +137,7 @@ class WriterMachine(RuleBasedStateMachine):
 
     # ---- sessions
 
-    @rule()
+    @op(1)
     def open_session(self) -> None:
         if len(self.model.sessions) < 4:
             self.ask(ev.OpenSession, session=self.next_session)
@@ -111,7 +145,7 @@ class WriterMachine(RuleBasedStateMachine):
             self.next_session += 1
             self.join_client(0)
 
-    @rule(at=pick)
+    @op(1, at=pick)
     def join_client(self, at: int) -> None:
         session = self.choose(self.model.sessions, at if at else -1)
         if session is not None:
@@ -119,13 +153,13 @@ class WriterMachine(RuleBasedStateMachine):
             self.clients.append((session, self.next_client))
             self.next_client += 1
 
-    @rule()
+    @op(3)
     def heartbeats(self) -> None:
         for session in list(self.model.sessions):
             self.model.sessions[session] = self.now + 40.0
             assert self.ask(ev.Heartbeat, session=session) is None
 
-    @rule(at=pick, drained=st.booleans())
+    @op(1, at=pick, drained=st.booleans())
     def close_client(self, at: int, drained: bool) -> None:
         chosen = self.choose(self.clients, at)
         if chosen is None or chosen[0] not in self.model.sessions:
@@ -136,7 +170,7 @@ class WriterMachine(RuleBasedStateMachine):
         self.model.end_client(session, client, self.now, drained=drained)
         assert self.ask(ev.CloseClient, session=session, client=client, drained=drained) is None
 
-    @rule(at=pick, drained=st.booleans())
+    @op(1, at=pick, drained=st.booleans())
     def close_session(self, at: int, drained: bool) -> None:
         session = self.choose(self.model.sessions, at)
         if session is None:
@@ -155,7 +189,7 @@ class WriterMachine(RuleBasedStateMachine):
             self.zombies += [w for w in self.live if w.client == client]
             self.live = [w for w in self.live if w.client != client]
 
-    @rule(at=pick)
+    @op(1, at=pick)
     def client_dies(self, at: int) -> None:
         known = sorted({c for _, c in self.clients} | {w.client for w in self.zombies})
         client = self.choose(known, at)
@@ -171,7 +205,7 @@ class WriterMachine(RuleBasedStateMachine):
 
     # ---- writing
 
-    @rule(at=pick, ns=pick, span=spans, ttl=st.floats(1, 30))
+    @op(2, at=pick, ns=pick, span=spans, ttl=st.floats(1, 30))
     def announce(self, at: int, ns: int, span: tuple[int, int, int], ttl: float) -> None:
         session = self.choose(self.model.sessions, at)
         if session is None:
@@ -186,7 +220,7 @@ class WriterMachine(RuleBasedStateMachine):
             ev.Announce, session=session, namespace=handle, hashes=keys, ttl=ttl
         )  # fmt: skip
 
-    @rule(
+    @op(6,
         at=pick, ns=pick, span=spans, region=regions, ttl=st.floats(1, 20),
         wait=st.sampled_from([0.0, 0.0, 0.0, 4.0]), durable=st.sampled_from([False, False, True]),
     )  # fmt: skip
@@ -215,7 +249,7 @@ class WriterMachine(RuleBasedStateMachine):
         self.settle()
         self.take_in(event, answer, exact=True)
 
-    @rule(at=pick, ns=pick, span=spans)
+    @op(10, at=pick, ns=pick, span=spans)
     def push(self, at: int, ns: int, span: tuple[int, int, int]) -> None:
         """A writer as writers mostly are: reserves whole blocks, fills them, commits."""
         before = set(self.model.reservations)
@@ -223,7 +257,7 @@ class WriterMachine(RuleBasedStateMachine):
         for ident in set(self.model.reservations) - before:
             self.commit(list(self.model.reservations).index(ident), REGIONS[0], 0)
 
-    @rule(at=pick, ns=pick, span=spans, left=st.floats(1, 20), right=st.floats(1, 20))
+    @op(5, at=pick, ns=pick, span=spans, left=st.floats(1, 20), right=st.floats(1, 20))
     def two_ranks_write(
         self, at: int, ns: int, span: tuple[int, int, int], left: float, right: float
     ) -> None:
@@ -269,19 +303,19 @@ class WriterMachine(RuleBasedStateMachine):
             if not exact:
                 self.model.loose.update(name for name, _ in blocks.values())
 
-    @rule(at=pick)
+    @op(2, at=pick)
     def write(self, at: int) -> None:
         """Anyone who may write, or might still, writes now."""
         part = self.choose(self.live + self.zombies, at)
         if part is not None:
             self.world.write(part.place, part.key, part.cells)
 
-    @rule()
+    @op(3)
     def zombies_write(self) -> None:
         for part in self.zombies:
             self.world.write(part.place, part.key, part.cells)
 
-    @rule(at=pick, region=st.one_of(st.none(), regions), some=st.integers(0, 63))
+    @op(6, at=pick, region=st.one_of(st.none(), regions), some=st.integers(0, 63))
     def commit(self, at: int, region: Region | None, some: int) -> None:
         reservation = self.choose(self.model.reservations.values(), at)
         if reservation is None:
@@ -322,7 +356,7 @@ class WriterMachine(RuleBasedStateMachine):
         grid = SPECS[0].grid
         return next((r for r in REGIONS if set(grid.cell_indices(r)) == left), REGIONS[-1])
 
-    @rule(at=pick, drained=st.booleans())
+    @op(2, at=pick, drained=st.booleans())
     def abort(self, at: int, drained: bool) -> None:
         reservation = self.choose(self.model.reservations.values(), at)
         if reservation is None:
@@ -343,7 +377,7 @@ class WriterMachine(RuleBasedStateMachine):
         self.zombies += [w for w in self.live if w.reservation == reservation]
         self.live = [w for w in self.live if w.reservation != reservation]
 
-    @rule(at=pick)
+    @op(3, at=pick)
     def fence(self, at: int) -> None:
         part = self.choose(self.zombies, at)
         if part is None:

@@ -47,6 +47,7 @@ class HubLink:
         self._holders = 0
         self._client: AsyncClient | None = None
         self._suspect = False
+        self._complaint = ""
         self._namespaces: dict[bytes, AsyncNamespace] = {}
         self._greeting = b""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,14 +125,16 @@ class HubLink:
         if not task.cancelled() and task.exception() is not None:
             logger.error("kvserver: background work failed", exc_info=task.exception())
 
-    async def namespace(self, spec: bytes) -> AsyncNamespace:
+    async def namespace(self, spec: bytes, deadline_s: float = CALL_S) -> AsyncNamespace:
         """The opened namespace of this spec. KVError when the hub cannot be asked."""
         known = self._namespaces.get(spec)
         if known is not None:
             return known
         if self._client is None:
             raise Unavailable(f"no connection to {self.address}")
-        opened = await self._client.open_namespace(NamespaceSpec.decode(spec))
+        opened = await self._client.open_namespace(
+            NamespaceSpec.decode(spec), deadline_s=deadline_s
+        )
         if spec not in self._namespaces:
             self._namespaces[spec] = opened
             self._log.write("namespace", id=opened.id.hex())
@@ -153,8 +156,11 @@ class HubLink:
 
     async def _open_greeting(self) -> None:
         if self._greeting:
-            async with asyncio.timeout(CALL_S):
-                await self.namespace(self._greeting)
+            try:
+                async with asyncio.timeout(CALL_S):
+                    await self.namespace(self._greeting)
+            except (KVError, TimeoutError) as error:
+                self.doubt(error)
 
     async def lookup(self, spec: bytes, hashes: Sequence[bytes], pin_s: float) -> Answer | None:
         try:
@@ -180,7 +186,9 @@ class HubLink:
         """A call failed. Unless the hub itself said why, nobody waits for it until it has
         answered a probe."""
         if not isinstance(error, (Unavailable, DeadlineExceeded, TimeoutError)):
-            logger.warning("kvserver: %s", error)
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                logger.warning("kvserver: %s", error)
             return
         if not self._suspect:
             logger.warning("kvserver: hub %s does not answer (%s)", self.address, error)

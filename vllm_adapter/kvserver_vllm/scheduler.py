@@ -131,7 +131,7 @@ class SchedulerHalf:
         self._adapter_digest = adapter_digest
         self._clock = clock
         self._block = settings.block_tokens
-        self._spec = b""
+        self._spec = self._told = b""
         self._page_tokens = 1
         self._layer_start: dict[int, int] = {}
         self._pool: Any = None
@@ -374,7 +374,8 @@ class SchedulerHalf:
                 part = blocks[start : start + JOB_BLOCKS_MAX]
                 meta.saves.append(SaveJob(self._job, tuple(block for block, _ in part)))
                 self._pins.pin(self._job, part)
-        if meta.saves or meta.loads:
+        if meta.saves or meta.loads or self._told != self._spec:
+            self._told = self._spec
             meta.spec, meta.layer_start = self._spec, self._layer_start
         return meta
 

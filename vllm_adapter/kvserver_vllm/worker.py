@@ -105,6 +105,7 @@ class WorkerHalf:
         self._head_start = head_start
         self._pushes = pushes
         self._meta = StepMeta()
+        self._greeted = b""
         self._step: Step | None = None
         self._queued = 0
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -119,6 +120,9 @@ class WorkerHalf:
         """A step begins: its pushes may reserve while the forward pass runs."""
         self._meta = meta
         self._step = None
+        if meta.spec and meta.spec != self._greeted:
+            self._greeted = meta.spec
+            self._link.submit(self._link.greet(meta.spec))
         if not meta.saves:
             return
         step = self._step = Step(self._pages.layers)
@@ -313,7 +317,8 @@ class WorkerHalf:
             self._report_load(job, missing, aborted)
 
     async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
-        namespace = await self._link.namespace(meta.spec)
+        deadline_s = max(job.deadline_s, 0.001)
+        namespace = await self._link.namespace(meta.spec, deadline_s)
         step = self._link.keys_max
         for start in range(0, len(job.blocks), step):
             part = job.blocks[start : start + step]
@@ -321,7 +326,7 @@ class WorkerHalf:
                 [block.hash for block in part],
                 region=self._region(meta),
                 window_bytes=min(self._settings.window_bytes, self._link.window_bytes_max),
-                deadline_s=max(job.deadline_s, 0.001),
+                deadline_s=deadline_s,
             )
             async with stream:
                 async for granted in stream:

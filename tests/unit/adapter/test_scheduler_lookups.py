@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvserver_vllm.scheduler import FRESH_S
-from tests.support.scheduler_world import PAGE, FakeHub, FakeRequest, World
+from tests.support.scheduler_world import PAGE, SPEC, FakeHub, FakeRequest, World
 
 
 @pytest.fixture
@@ -68,6 +68,12 @@ def test_before_the_namespace_is_known_nothing_is_asked(world: World) -> None:
     request = world.new(FakeRequest("a", 300))
     assert world.match(request) == (0, False)
     assert world.hub.lookups == []
+
+
+def test_ranks_are_told_the_namespace_once_before_there_is_work(world: World) -> None:
+    assert [world.step().spec for _ in range(3)] == [SPEC, b"", b""]
+    world.half.open(b"another", PAGE, {})
+    assert world.step().spec == b"another"
 
 
 @pytest.mark.parametrize(

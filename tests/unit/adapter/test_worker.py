@@ -141,6 +141,7 @@ class FakeLink:
         self.loop = asyncio.new_event_loop()
         self.opened = FakeNamespace()
         self.doubts: list[BaseException] = []
+        self.greeted: list[bytes] = []
 
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
         self.loop.call_soon_threadsafe(self.spawn, work)
@@ -148,7 +149,10 @@ class FakeLink:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self.loop.create_task(work)
 
-    async def namespace(self, spec: bytes) -> FakeNamespace:
+    async def greet(self, spec: bytes) -> None:
+        self.greeted.append(spec)
+
+    async def namespace(self, spec: bytes, deadline_s: float = 5.0) -> FakeNamespace:
         assert spec == b"spec"
         return self.opened
 
@@ -442,6 +446,13 @@ def test_steps_without_orders_do_nothing(link: FakeLink, rank: Rank) -> None:
     link.turn()
     assert rank.half.take_received() == set()
     assert rank.half.take_report() is None
+
+
+def test_a_namespace_is_opened_as_soon_as_it_is_told(link: FakeLink, rank: Rank) -> None:
+    rank.bind()
+    rank.bind()
+    link.turn()
+    assert link.greeted == [b"spec"]
 
 
 def test_the_event_log_hashes_what_stands_in_the_engines_pages(
