@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from bench.oracle import BLOCK_TOKENS, Step, judge, table
 from tests.support.engines import Engine, EngineError, Generated, hub_config
@@ -40,7 +41,7 @@ HOST_BYTES = 512 << 20
 DISK_BYTES = 1 << 30
 # A busy or slow machine must not turn a pull into a miss: the demo shows that pulls work, not how
 # an engine does without them.
-PATIENCE = {"lookup_ms": 2_000, "pin_ms": 5_000, "load_deadline_ms": 30_000}
+PATIENCE: dict[str, Any] = {"lookup_ms": 2_000, "pin_ms": 5_000, "load_deadline_ms": 30_000}
 SHM = Path("/dev/shm")
 SHM_FREE_BYTES_MIN = 2 << 30
 PUSH_SECONDS_MAX = 60.0

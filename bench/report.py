@@ -90,7 +90,7 @@ def _restart(figure: dict[str, Any]) -> str:
     steps = ("dead_s", "ready_s", "looked_up_s", "pulled_s")
     names = (
         "process gone",
-        "new process ready",
+        f"new process ready (recovery {figure['recovery_s']:.2f} s)",
         "first lookup answered (same client)",
         "first block pulled and verified",
     )
@@ -99,6 +99,5 @@ def _restart(figure: dict[str, Any]) -> str:
         (name, f"{instant:.2f}", f"{instant - before:.2f}")
         for name, instant, before in zip(names, instants, [0.0, *instants], strict=False)
     ]
-    return aligned(
-        (f"restart, {figure['restored_blocks']} blocks", "s after SIGKILL", "step s"), rows
-    )
+    head = f"restart, {figure['restored_blocks']} blocks"
+    return aligned((head, "s after SIGKILL", "step s"), rows)

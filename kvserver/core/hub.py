@@ -282,7 +282,7 @@ class Hub:
 
     def _cancel_acquire(self, event: ev.CancelAcquire) -> None:
         if event.ticket_of_acquire in self._streams.open:
-            self._streams.cancel(event.ticket_of_acquire, None)
+            self._streams.cancel(event.ticket_of_acquire)
 
     def _release(self, event: ev.Release) -> None:
         self._books.answer(event.ticket, self._reading.release(event))

@@ -62,7 +62,7 @@ class Sessions:
             if ticket in self._writing.pending:
                 self._writing.cancel(ticket, error)
             elif ticket in self._streams.open:
-                self._streams.cancel(ticket, error)
+                self._streams.refuse(ticket, error)
 
     def end_client(self, session: Session, client: int, *, drained: bool) -> None:
         """A writer leaves. `drained`: it can write no more, or says that it will not."""
@@ -162,7 +162,7 @@ class Sessions:
         error = CoreError(ErrorKind.NOT_FOUND, "the namespace was dropped", field="namespace")
         for ticket, stream in list(self._streams.open.items()):
             if stream.namespace.handle == handle:
-                self._streams.cancel(ticket, error)
+                self._streams.refuse(ticket, error)
         for ticket, pending in list(self._writing.pending.items()):
             if pending.namespace.handle == handle:
                 self._writing.cancel(ticket, error)

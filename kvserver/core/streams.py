@@ -126,14 +126,17 @@ class Streams:
         if deadline > (books.timers.get(Kind.LEASE, lease.ident) or latest):
             books.timers.set(Kind.LEASE, lease.ident, deadline)
 
-    def cancel(self, ticket: int, error: CoreError | None) -> None:
-        """The reader, its session or its namespace is gone; without `error` nobody is answered."""
+    def cancel(self, ticket: int) -> None:
+        """The reader is gone: its leases end, and nobody is answered."""
         stream = self.open[ticket]
         self._close(stream)
         for ident in list(stream.leases):
             self._holds.end_lease(self._holds.leases[ident])
-        if error is not None:
-            self._books.refuse(ticket, error)
+
+    def refuse(self, ticket: int, error: CoreError) -> None:
+        """The stream's session or namespace has ended. Its leases go on."""
+        self._close(self.open[ticket])
+        self._books.refuse(ticket, error)
 
     def _close(self, stream: Stream) -> None:
         ticket = stream.event.ticket

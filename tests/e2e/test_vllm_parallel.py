@@ -58,7 +58,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")
         finally:
             for engine in engines:
-                engine.close()
+                engine.end()  # ranks share memory segments that only they remove
 
 
 def ranks_of(events: list[dict[str, Any]], kind: str, request: str) -> dict[int, list[Any]]:

@@ -19,7 +19,17 @@ from kvproto.grid import Region
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.hub import HubConfig
-from tests.model.writers import CHAINS, REGIONS, SPECS, WriterMachine, op, pick, regions, spans
+from tests.model.writers import (
+    CHAINS,
+    REGIONS,
+    SESSION_TTL,
+    SPECS,
+    WriterMachine,
+    op,
+    pick,
+    regions,
+    spans,
+)
 from tests.support.world import (
     DEVICE,
     DISK,
@@ -242,7 +252,7 @@ class HubMachine(WriterMachine):
             last = max((g for (t, _), g in old.generations.items() if t == tier), default=0)
             world.send(ev.RestoreDone(tier, last))
         world.send(ev.TierGrew(HOST, self.config.host_bytes))
-        self.model.sessions[self.next_session] = self.now + 40.0
+        self.model.sessions[self.next_session] = self.now + SESSION_TTL
         assert self.ask(ev.OpenSession, session=self.next_session) is None
         self.handles = [world.namespace(self.next_session, spec) for spec in SPECS]
         self.next_session += 1

@@ -22,6 +22,7 @@ REGIONS = [
     Region(0, 2, 0, 2), Region(0, 1, 0, 2), Region(1, 2, 0, 2), Region(0, 2, 0, 1),
     Region(0, 2, 1, 2), Region(0, 1, 0, 1),
 ]  # fmt: skip
+SESSION_TTL = 25.0
 SPECS = [make_spec("small"), make_spec("large", slot_units=3)]
 WRITE = ev.ReserveVerdict.WRITE
 
@@ -80,7 +81,7 @@ class WriterMachine(RuleBasedStateMachine):
     ) -> None:
         self.config = HubConfig(
             host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
-            session_ttl=40.0, starve_max=20.0, promotions_max=3, spill_copies_max=2,
+            session_ttl=SESSION_TTL, starve_max=20.0, promotions_max=3, spill_copies_max=2,
             upload_heat=2, verifies_max=2, writers_per_block_max=3, eviction_scan_max=3,
         )  # fmt: skip
         self.world = World(self.config)
@@ -97,7 +98,7 @@ class WriterMachine(RuleBasedStateMachine):
             self.world.finish_all()
 
     def reset_clients(self) -> None:
-        self.model = Reference(4, partial_ttl=5.0, session_ttl=40.0)
+        self.model = Reference(4, partial_ttl=5.0, session_ttl=SESSION_TTL)
         self.clients: list[tuple[int, int]] = []  # session, client
         self.streams: list[int] = []
         self.pending: dict[int, ev.Reserve] = {}
@@ -141,7 +142,7 @@ class WriterMachine(RuleBasedStateMachine):
     def open_session(self) -> None:
         if len(self.model.sessions) < 4:
             self.ask(ev.OpenSession, session=self.next_session)
-            self.model.sessions[self.next_session] = self.now + 40.0
+            self.model.sessions[self.next_session] = self.now + SESSION_TTL
             self.next_session += 1
             self.join_client(0)
 
@@ -153,10 +154,10 @@ class WriterMachine(RuleBasedStateMachine):
             self.clients.append((session, self.next_client))
             self.next_client += 1
 
-    @op(3)
+    @op(2)
     def heartbeats(self) -> None:
         for session in list(self.model.sessions):
-            self.model.sessions[session] = self.now + 40.0
+            self.model.sessions[session] = self.now + SESSION_TTL
             assert self.ask(ev.Heartbeat, session=session) is None
 
     @op(1, at=pick, drained=st.booleans())
@@ -310,7 +311,7 @@ class WriterMachine(RuleBasedStateMachine):
         if part is not None:
             self.world.write(part.place, part.key, part.cells)
 
-    @op(3)
+    @op(2)
     def zombies_write(self) -> None:
         for part in self.zombies:
             self.world.write(part.place, part.key, part.cells)

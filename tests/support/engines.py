@@ -290,6 +290,12 @@ class Engine:
             if stream is not None:
                 stream.close()
 
+    def end(self) -> None:
+        """Ask it to end, so that it clears up after itself, and see to it."""
+        with contextlib.suppress(EngineError):
+            self.stop()
+        self.close()
+
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -304,7 +310,6 @@ class Engine:
         tb: TracebackType | None,
     ) -> None:
         """Ask it to end, unless something went wrong; then see to it."""
-        with contextlib.suppress(EngineError):
-            if error is None:
-                self.stop()
+        if error is None:
+            self.end()
         self.close()

@@ -161,7 +161,8 @@ def test_a_dropped_namespace_is_gone_and_its_leases_finish() -> None:
     keys = chain("a", 3)
     world.put(1, keys)
     writing = world.reserve(1, chain("w", 1))
-    ticket = world.acquire(1, keys[:1])
+    ticket = world.acquire(1, [*keys[:1], *chain("w", 1)], wait=50.0)
+    assert world.granted(ticket) == [0]
     waiting = world.acquire(1, chain("w", 1), wait=50.0)
     dropped = world.ask(ev.DropNamespace, namespace_id=make_spec().id)
     assert dropped.blocks == 3
