@@ -134,7 +134,11 @@ class Demo:
                 for number in range(count):
                     log = self._scratch / f"{what.replace(' ', '-')}-{number}.log"
                     engine = Engine.launch(
-                        self._model, config=config, kv_bytes=KV_BYTES, log_path=log
+                        self._model,
+                        config=config,
+                        kv_bytes=KV_BYTES,
+                        log_path=log,
+                        environment={"TMPDIR": str(self._scratch)},
                     )
                     stack.callback(_end, engine)
                     engines.append(engine)
@@ -168,6 +172,7 @@ class Demo:
             prompts=self._prompts,
             outputs=outputs,
             reference=self._reference or outputs,
+            tokens=tokens,
             events=self._events,
             pid=engine.pid,
             pulls=pulls and hub is not None,

@@ -48,24 +48,28 @@ def judge(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Generated],
     reference: Sequence[Generated],
+    tokens: int,
     events: Path,
     pid: int,
     pulls: bool,
     hub_before: kvserver_pb2.StatsReply | None,
     hub_after: kvserver_pb2.StatsReply | None,
 ) -> Step:
-    """Compare the answers of one engine with the reference and count its pulls."""
+    """Compare the answers of one engine with the reference and count its pulls.
+
+    Each answer has to hold `tokens` tokens; the reference may go on longer.
+    """
     problems: list[str] = []
     difference = 0.0
     for number, (output, wanted) in enumerate(zip(outputs, reference, strict=True), 1):
-        if output.tokens != wanted.tokens[: len(output.tokens)]:
+        if len(output.tokens) != tokens or output.tokens != wanted.tokens[:tokens]:
             problems.append(f"prompt {number}: other tokens than without the hub")
         differs = logprob_difference(output, wanted)
         if differs > LOGPROB_TOLERANCE:
             problems.append(f"prompt {number}: log-probabilities differ by {differs:.1e}")
         difference = max(difference, differs)
     distinct = len({token for output in outputs for token in output.tokens})
-    if distinct < min(DISTINCT_TOKENS_MIN, len(outputs)):
+    if distinct < min(DISTINCT_TOKENS_MIN, max(2, len(outputs) * tokens // 2)):
         problems.append(f"only {distinct} distinct tokens: equal outputs prove little")
 
     log = read_events(events)

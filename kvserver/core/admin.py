@@ -11,18 +11,9 @@ from kvproto.namespace import NamespaceSpec
 from kvserver.core.blocks import ABSENT, ANNOUNCED, COMPLETE, Action, bit
 from kvserver.core.books import DEVICE, DISK, HOST, Books
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    DropNamespace,
-    Evict,
-    Tier,
-    TierDown,
-    TierGrew,
-    TierUp,
-)
+from kvserver.core.events import DropNamespace, Evict, Tier, TierDown, TierGrew, TierUp
 from kvserver.core.holds import Holds
-from kvserver.core.instructions import (
-    Evicted,
-)
+from kvserver.core.instructions import Evicted
 from kvserver.core.sessions import Sessions
 from kvserver.core.spills import Spill, Spills
 

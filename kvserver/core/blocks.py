@@ -25,10 +25,7 @@ import numpy.typing as npt
 from kvproto.prefix import ROOT
 from kvserver.core.columns import Columns
 from kvserver.core.errors import InvariantError
-from kvserver.core.events import (
-    BlockState,
-    Tier,
-)
+from kvserver.core.events import BlockState, Tier
 
 ABSENT, ANNOUNCED, FILLING, COMPLETE = BlockState
 

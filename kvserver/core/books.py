@@ -18,17 +18,9 @@ from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvserver.core.blocks import COMPLETE, Action, BlockTable, History, bit
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    Tier,
-)
+from kvserver.core.events import Tier
 from kvserver.core.eviction import EvictionPolicy, PrefixLru
-from kvserver.core.instructions import (
-    Answer,
-    BlockInfo,
-    EntryInvalid,
-    Instruction,
-    Refusal,
-)
+from kvserver.core.instructions import Answer, BlockInfo, EntryInvalid, Instruction, Refusal
 from kvserver.core.limits import HubConfig
 from kvserver.core.quarantine import Quarantine
 from kvserver.core.slabs import slot_class_bytes

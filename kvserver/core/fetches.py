@@ -16,14 +16,9 @@ import numpy.typing as npt
 
 from kvserver.core.blocks import COMPLETE, bit
 from kvserver.core.books import DEVICE, HOST, Books
-from kvserver.core.events import (
-    JobDone,
-    Tier,
-)
+from kvserver.core.events import JobDone, Tier
 from kvserver.core.holds import Holds
-from kvserver.core.instructions import (
-    JobKind,
-)
+from kvserver.core.instructions import JobKind
 from kvserver.core.jobs import Job, Jobs
 from kvserver.core.slabs import slot_bytes_max
 from kvserver.core.slots import SlotAction

@@ -18,9 +18,7 @@ from kvproto.grid import Region
 from kvserver.core.blocks import ANNOUNCED, Action, Filling
 from kvserver.core.books import Books
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    Tier,
-)
+from kvserver.core.events import Tier
 from kvserver.core.timers import Kind
 
 

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 
 from kvserver.core.books import Books
 from kvserver.core.errors import InvariantError
-from kvserver.core.events import (
-    JobDone,
-    Tier,
-)
-from kvserver.core.instructions import (
-    Copy,
-    JobKind,
-    Verify,
-)
+from kvserver.core.events import JobDone, Tier
+from kvserver.core.instructions import Copy, JobKind, Verify
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,10 @@ import numpy.typing as npt
 from kvproto.errors import FieldError
 from kvserver.core.blocks import ABSENT, COMPLETE, bit
 from kvserver.core.books import HOST, Books, Namespace
-from kvserver.core.events import (
-    Lookup,
-    Need,
-    Release,
-)
+from kvserver.core.events import Lookup, Need, Release
 from kvserver.core.fetches import Fetches, Start
 from kvserver.core.holds import Holds, Session
-from kvserver.core.instructions import (
-    LookupResult,
-)
+from kvserver.core.instructions import LookupResult
 from kvserver.core.streams import Streams
 from kvserver.core.verifies import Verifies
 

@@ -27,9 +27,7 @@ from kvserver.core.events import (
     RestoreQuarantined,
     Tier,
 )
-from kvserver.core.instructions import (
-    EntryInvalid,
-)
+from kvserver.core.instructions import EntryInvalid
 from kvserver.core.quarantine import RESTORED
 from kvserver.core.sessions import Sessions
 from kvserver.core.slabs import SLOT_UNIT

@@ -11,10 +11,7 @@ from kvproto.prefix import HASH_BYTES, ROOT
 from kvserver.core.blocks import ABSENT, ANNOUNCED
 from kvserver.core.books import Books, Namespace
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    Announce,
-    OpenNamespace,
-)
+from kvserver.core.events import Announce, OpenNamespace
 from kvserver.core.holds import Holds, Session
 from kvserver.core.near import NearMisses
 from kvserver.core.reading import Reading

@@ -18,10 +18,7 @@ from enum import IntEnum
 
 from kvserver.core.columns import Columns
 from kvserver.core.errors import InvariantError
-from kvserver.core.events import (
-    Place,
-    Tier,
-)
+from kvserver.core.events import Place, Tier
 from kvserver.core.slabs import Slab, SlabMap
 
 

@@ -16,9 +16,7 @@ from enum import Enum
 from typing import Protocol
 
 from kvserver.core.books import Books
-from kvserver.core.events import (
-    Tier,
-)
+from kvserver.core.events import Tier
 from kvserver.core.slabs import Slab
 from kvserver.core.slots import SlotAction, SlotTable
 

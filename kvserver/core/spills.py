@@ -14,12 +14,8 @@ from enum import IntEnum
 
 from kvserver.core.blocks import bit
 from kvserver.core.books import DISK, HOST, Books
-from kvserver.core.events import (
-    JobDone,
-)
-from kvserver.core.instructions import (
-    JobKind,
-)
+from kvserver.core.events import JobDone
+from kvserver.core.instructions import JobKind
 from kvserver.core.jobs import Job, Jobs
 from kvserver.core.slabs import slot_bytes_max
 from kvserver.core.slots import SlotAction

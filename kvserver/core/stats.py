@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from kvproto.namespace import NamespaceSpec
 from kvserver.core.blocks import ANNOUNCED, COMPLETE, FILLING
 from kvserver.core.books import Books
-from kvserver.core.events import (
-    Tier,
-)
+from kvserver.core.events import Tier
 from kvserver.core.holds import Holds
 from kvserver.core.slots import SlotState
 

@@ -23,17 +23,10 @@ from kvproto.errors import FieldError
 from kvserver.core.blocks import ABSENT, COMPLETE, FILLING, bit
 from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.errors import CoreError
-from kvserver.core.events import (
-    Acquire,
-    Tier,
-)
+from kvserver.core.events import Acquire, Tier
 from kvserver.core.fetches import Fetches, Start
 from kvserver.core.holds import Holds, Lease
-from kvserver.core.instructions import (
-    AcquireResult,
-    Granted,
-    GrantedBlock,
-)
+from kvserver.core.instructions import AcquireResult, Granted, GrantedBlock
 from kvserver.core.space import Retry, Space
 from kvserver.core.timers import Kind
 from kvserver.core.verifies import Verifies

@@ -10,10 +10,7 @@ from collections import Counter
 from kvserver.core.blocks import ABSENT, ANNOUNCED, COMPLETE, FILLING, bit
 from kvserver.core.books import DISK, HOST, Books
 from kvserver.core.errors import InvariantError
-from kvserver.core.events import (
-    BlockState,
-    Tier,
-)
+from kvserver.core.events import BlockState, Tier
 from kvserver.core.holds import Holds
 from kvserver.core.jobs import Jobs
 from kvserver.core.slots import SlotState, SlotTable

@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 from kvserver.core.blocks import COMPLETE, bit
 from kvserver.core.books import HOST, Books
-from kvserver.core.events import (
-    JobDone,
-)
+from kvserver.core.events import JobDone
 from kvserver.core.jobs import Job, Jobs
 
 

@@ -17,20 +17,9 @@ from kvproto.prefix import HASH_BYTES, ROOT
 from kvserver.core.blocks import COMPLETE, Action, Filling
 from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    Commit,
-    CommitVerdict,
-    Place,
-    Reserve,
-    ReserveVerdict,
-)
+from kvserver.core.events import Commit, CommitVerdict, Place, Reserve, ReserveVerdict
 from kvserver.core.holds import Holds, Reservation
-from kvserver.core.instructions import (
-    CellsCommitted,
-    CommitResult,
-    EntryReserved,
-    ReserveResult,
-)
+from kvserver.core.instructions import CellsCommitted, CommitResult, EntryReserved, ReserveResult
 from kvserver.core.slots import SlotAction
 from kvserver.core.space import Retry, Space
 from kvserver.core.spills import Spills

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvserver.core.events import (
-    BlockState,
-    CommitVerdict,
-    ReserveVerdict,
-)
+from kvserver.core.events import BlockState, CommitVerdict, ReserveVerdict
 
 Name = tuple[int, bytes]  # namespace handle, key
 

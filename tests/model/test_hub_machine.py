@@ -30,14 +30,7 @@ from tests.model.writers import (
     regions,
     spans,
 )
-from tests.support.world import (
-    DEVICE,
-    DISK,
-    HOST,
-    UNIT,
-    Entry,
-    World,
-)
+from tests.support.world import DEVICE, DISK, HOST, UNIT, Entry, World
 
 EXAMPLES = int(os.environ.get("KVSERVER_MODEL_EXAMPLES", "200"))
 PHASES = [Phase.generate] if os.environ.get("KVSERVER_MODEL_NOSHRINK") else list(Phase)

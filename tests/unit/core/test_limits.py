@@ -9,9 +9,7 @@ import pytest
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    RestoredBlock,
-)
+from kvserver.core.events import RestoredBlock
 from kvserver.core.hub import Hub, HubConfig
 from kvserver.core.quarantine import Quarantine
 from kvserver.core.timers import Kind, Timers

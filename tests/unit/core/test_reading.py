@@ -11,9 +11,7 @@ from kvproto.grid import Region
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
-from kvserver.core.events import (
-    BlockState,
-)
+from kvserver.core.events import BlockState
 from kvserver.core.hub import HubConfig
 from kvserver.core.reading import usable_prefix
 from tests.support.world import DISK, HOST, UNIT, World, chain, key_of, make_spec

@@ -8,10 +8,7 @@ import time
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
-from kvserver.core.events import (
-    ReserveVerdict,
-    RestoredBlock,
-)
+from kvserver.core.events import ReserveVerdict, RestoredBlock
 from kvserver.core.hub import HubConfig
 from tests.support.world import DISK, HOST, UNIT, World, chain, key_of, make_spec, parents_of
 

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from kvserver.core import events as ev
 from kvserver.core.blocks import Action, BlockTable, History
 from kvserver.core.errors import ErrorKind, InvariantError
-from kvserver.core.events import (
-    ReserveVerdict,
-)
+from kvserver.core.events import ReserveVerdict
 from kvserver.core.hub import HubConfig
 from kvserver.core.slabs import SLOT_UNIT, SlabMap, slot_bytes_max, slot_class_bytes
 from kvserver.core.slots import SlotAction, SlotState, SlotTable

@@ -5,10 +5,7 @@ from __future__ import annotations
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
-from kvserver.core.events import (
-    BlockState,
-    ReserveVerdict,
-)
+from kvserver.core.events import BlockState, ReserveVerdict
 from kvserver.core.hub import HubConfig
 from tests.support.world import DEVICE, DISK, HOST, UNIT, World, chain, make_spec
 

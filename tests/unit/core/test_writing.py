@@ -8,11 +8,7 @@ from kvproto.grid import Region
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import (
-    BlockState,
-    CommitVerdict,
-    ReserveVerdict,
-)
+from kvserver.core.events import BlockState, CommitVerdict, ReserveVerdict
 from kvserver.core.hub import HubConfig
 from tests.support.world import DISK, HOST, UNIT, World, chain, make_spec, parents_of
 
