@@ -78,6 +78,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
 
 
+def _binding(ranks: int) -> str:
+    """Cores of the ranks, one of the machine's left out: idle ranks spin, and where the kernel
+    does not preempt them, a hub without a core of its own stands still for seconds."""
+    cores = max(1, (os.cpu_count() or 1) - 1)
+    return "|".join(str(rank % cores) for rank in range(ranks))
+
+
 class Engine:
     """One engine process."""
 
@@ -133,9 +140,7 @@ class Engine:
             **(environment or {}),
         }
         if tensor_parallel > 1:
-            variables.setdefault(
-                "VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(tensor_parallel)))
-            )
+            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
         with log_path.open("a") as log:
             process = subprocess.Popen(
                 [sys.executable, str(MAIN), json.dumps(settings)],

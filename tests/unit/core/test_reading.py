@@ -249,6 +249,22 @@ def test_read_ahead_stays_within_the_window() -> None:
     world.hub.validate()
 
 
+def test_what_arrives_ahead_of_the_head_is_kept_for_the_stream() -> None:
+    world = make_world(host=8)
+    keys = chain("a", 2)
+    to_disk(world, keys)
+    ticket = world.acquire(1, keys)
+    head, second = sorted(world.jobs)
+    world.finish(second)
+    for i in range(20):
+        world.put(1, chain(f"pressure{i}", 2))
+    assert HOST in world.tiers_of(1, keys[1])
+    world.finish(head)
+    assert world.granted(ticket) == [0, 1]
+    world.check_leases()
+    world.hub.validate()
+
+
 def test_promotions_in_flight_are_bounded() -> None:
     world = make_world(promotions_max=4, disk=512)
     for name in "abcdef":

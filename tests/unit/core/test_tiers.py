@@ -95,6 +95,17 @@ def test_a_chain_goes_from_its_end() -> None:
     assert 0 < sum(here) < 6
 
 
+def test_a_chain_that_grew_block_by_block_goes_from_its_end() -> None:
+    world = make_world(host=8, disk=0)
+    keys = chain("a", 6)
+    put_one_by_one(world, keys)
+    for i in range(4):
+        world.put(1, chain(f"b{i}", 1))
+    here = [bool(world.tiers_of(1, key)) for key in keys]
+    assert here == sorted(here, reverse=True)
+    assert 0 < sum(here) < 6
+
+
 def test_the_longest_unused_chain_goes_first_and_whole() -> None:
     world = make_world(host=12, disk=0)
     old, new = chain("old", 5), chain("new", 5)
