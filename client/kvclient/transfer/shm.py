@@ -24,7 +24,7 @@ import numpy as np
 
 from kvclient.errors import DeadlineExceeded, Gone, KVError, Unavailable, Unsupported
 from kvclient.transfer.base import Bytes
-from kvproto.arena import EPOCH_WORD, GENERATION_WORD, RECORD_WORDS, UNIT, ArenaReader
+from kvproto.arena import ArenaReader
 from kvproto.errors import FieldError
 from kvproto.handshake import (
     ANSWER_HEAD_BYTES,
@@ -84,7 +84,8 @@ class ShmArena:
             file: Bytes = np.frombuffer(
                 _map(arena_fd, answer.file_bytes, mmap.PROT_READ), dtype=np.uint8
             )
-            header = ArenaReader(file).header
+            reader = ArenaReader(file)
+            header = reader.header
             told = (answer.arena_id, answer.table_offset, answer.data_offset, answer.data_bytes)
             if told != (
                 header.arena_id,
@@ -94,9 +95,7 @@ class ShmArena:
             ):
                 raise FieldError("arena", "its header", "as the handshake says")
             self.data_bytes = header.data_bytes
-            # Header and table as words: indexing these costs a fifth of a microsecond, NumPy ten.
-            self._words: memoryview | None = file[: header.data_offset].data.cast("Q")
-            self._generation_at = header.table_offset // 8 + GENERATION_WORD
+            self._reader: ArenaReader | None = reader
             self._in: Bytes | None = file[header.data_offset :][: header.data_bytes]
             self._out: Bytes | None = None
             self._out_map: weakref.ref[mmap.mmap] | None = None
@@ -112,15 +111,12 @@ class ShmArena:
             raise
 
     def alive(self) -> bool:
-        words = self._words
-        return words is not None and words[EPOCH_WORD] == self.epoch
+        reader = self._reader
+        return reader is not None and reader.epoch() == self.epoch
 
     def current(self, offset: int, generation: int) -> bool:
-        words = self._words
-        if words is None:
-            return False
-        at = self._generation_at + offset // UNIT * RECORD_WORDS
-        return bool(words[at] == generation and words[EPOCH_WORD] == self.epoch)
+        reader = self._reader
+        return reader is not None and reader.current(offset, generation, self.epoch)
 
     def reading(self, offset: int, length: int) -> Bytes:
         self._check(offset, length)
@@ -137,7 +133,7 @@ class ShmArena:
         return self._out[offset : offset + length]
 
     def close(self) -> None:
-        self._words = None
+        self._reader = None
         self._in = None
         self._out = None
 

@@ -203,8 +203,7 @@ def reader_of(arena: HostArena) -> ArenaReader:
 
 
 def current(reader: ArenaReader, generation: int, epoch: int) -> bool:
-    offsets, generations = np.array([UNIT], np.uint64), np.array([generation], np.uint64)
-    return bool(reader.current(offsets, generations, epoch)[0])
+    return reader.current(UNIT, generation, epoch)
 
 
 def test_a_reader_sees_generation_and_epoch_change(shm_dir: Path) -> None:
