@@ -330,18 +330,20 @@ class ReserveRequest(_message.Message):
     def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., durable: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
-    __slots__ = ("reservation", "ttl_ms", "verdicts", "offsets", "generations")
+    __slots__ = ("reservation", "ttl_ms", "verdicts", "offsets", "generations", "permits")
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     VERDICTS_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    PERMITS_FIELD_NUMBER: _ClassVar[int]
     reservation: int
     ttl_ms: int
     verdicts: bytes
     offsets: bytes
     generations: bytes
-    def __init__(self, reservation: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., verdicts: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ...) -> None: ...
+    permits: bytes
+    def __init__(self, reservation: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., verdicts: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., permits: _Optional[bytes] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("session", "client", "reservation", "indices", "region", "checksums")
@@ -400,7 +402,7 @@ class FenceReply(_message.Message):
     def __init__(self, slots_freed: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("session", "client", "namespace", "hashes", "region", "wait_ms", "window_bytes", "lease_ms", "inherit_lease")
+    __slots__ = ("session", "client", "namespace", "hashes", "region", "wait_ms", "window_bytes", "lease_ms", "inherit_lease", "release")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -410,6 +412,7 @@ class AcquireRequest(_message.Message):
     WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     INHERIT_LEASE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     session: int
     client: int
     namespace: int
@@ -419,10 +422,11 @@ class AcquireRequest(_message.Message):
     window_bytes: int
     lease_ms: int
     inherit_lease: int
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., wait_ms: _Optional[int] = ..., window_bytes: _Optional[int] = ..., lease_ms: _Optional[int] = ..., inherit_lease: _Optional[int] = ...) -> None: ...
+    release: bytes
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., wait_ms: _Optional[int] = ..., window_bytes: _Optional[int] = ..., lease_ms: _Optional[int] = ..., inherit_lease: _Optional[int] = ..., release: _Optional[bytes] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("lease", "indices", "offsets", "generations", "tokens", "roots", "tiers", "lease_ms")
+    __slots__ = ("lease", "indices", "offsets", "generations", "tokens", "roots", "tiers", "lease_ms", "permits")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -431,6 +435,7 @@ class Grant(_message.Message):
     ROOTS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    PERMITS_FIELD_NUMBER: _ClassVar[int]
     lease: int
     indices: bytes
     offsets: bytes
@@ -439,7 +444,8 @@ class Grant(_message.Message):
     roots: bytes
     tiers: bytes
     lease_ms: int
-    def __init__(self, lease: _Optional[int] = ..., indices: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., roots: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    permits: bytes
+    def __init__(self, lease: _Optional[int] = ..., indices: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., roots: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., permits: _Optional[bytes] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("grant", "missing", "done")
