@@ -8,10 +8,13 @@ Rule 2: handlers hold no state. Sessions are in `runtime.sessions`, all else is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import starmap
 from typing import Any
 
 import kvserver
+from kvproto import frames
 from kvproto.errors import FieldError
 from kvproto.grid import Grid, Region
 from kvproto.namespace import TEXT_BYTES_MAX
@@ -184,7 +187,15 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         )
         result = await self._driver.ask(event, instructions.ReserveResult)
         offsets, generations = convert.places_to(result.places)
+        permits = b""
+        if event.client in session.remote and result.reservation:
+            sizes = tokens or [spec.block_tokens] * len(hashes)
+            granted = zip(result.places, sizes, strict=True)
+            permits = self._permits(
+                frames.Op.WRITE, event.client, result.reservation, spec.grid, event.region, granted
+            )
         return pb.ReserveReply(
+            permits=permits,
             reservation=result.reservation,
             ttl_ms=convert.milliseconds(result.ttl),
             verdicts=bytes(result.verdicts),
@@ -235,7 +246,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         self, request: pb.AcquireRequest, context: Any
     ) -> AsyncIterator[pb.AcquireReply]:
         session = self._session(request.session)
-        session.check_client(request.client)
+        client = session.check_client(request.client)
         spec = session.spec(request.namespace)
         window_max = self._limits.window_bytes_max
         if request.window_bytes > window_max:
@@ -257,7 +268,13 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
                     missing = convert.pack(item.missing, "<u4")
                     yield pb.AcquireReply(missing=missing, done=True)
                 else:
-                    yield self._grant(item, spec.grid, event.region)
+                    reply = self._grant(item, spec.grid, event.region)
+                    if item.blocks and client in session.remote:
+                        leased = [(block.place, block.tokens) for block in item.blocks]
+                        reply.grant.permits = self._permits(
+                            frames.Op.READ, client, item.lease, spec.grid, event.region, leased
+                        )
+                    yield reply
 
     def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
         blocks = item.blocks
@@ -279,6 +296,26 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         return pb.AcquireReply(
             grant=grant if blocks else None, missing=convert.pack(item.missing, "<u4")
         )
+
+    def _permits(
+        self,
+        op: frames.Op,
+        client: int,
+        hold: int,
+        grid: Grid,
+        region: Region,
+        granted: Iterable[tuple[events.Place | None, int]],
+    ) -> bytes:
+        """A permit for each place and the tokens of its block, packed."""
+        cell_bytes = functools.cache(grid.cell_bytes)
+
+        def sealed(place: events.Place | None, tokens: int) -> frames.Place | None:
+            if place is None:
+                return None
+            where = (hold, place.offset, place.generation, cell_bytes(tokens))
+            return frames.Place(*where, grid.layers, grid.heads, region)
+
+        return self._node.permits.mint_all(op, client, starmap(sealed, granted))
 
     @unary
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
