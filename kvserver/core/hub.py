@@ -86,6 +86,7 @@ class Hub:
             ev.DropNamespace: self._drop_namespace,
             ev.Drain: self._drain,
             ev.ClientDead: self._client_dead,
+            ev.ClientDrained: self._client_drained,
             ev.JobDone: self._jobs.done,
             ev.TierGrew: self._admin.tier_grew,
             ev.TierDown: self._admin.tier_down,
@@ -306,6 +307,9 @@ class Hub:
 
     def _client_dead(self, event: ev.ClientDead) -> None:
         self._sessions.client_dead(event.client)
+
+    def _client_drained(self, event: ev.ClientDrained) -> None:
+        self._sessions.client_drained(event.client)
 
     def _nothing(self, event: ev.Event) -> None:
         """Time has passed; what was due has expired already."""

@@ -21,7 +21,9 @@ from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
+from kvserver.transfer.permits import Permits
 from kvserver.transfer.shm import ShmServer
+from kvserver.transfer.tcp.endpoint import TcpEndpoint
 
 SWEEP_S = 2.0
 NEAR_MISSES_MAX = 16  # told of one namespace
@@ -37,6 +39,8 @@ class Node:
         host: HostArena,
         disk: DiskTier | None,
         shm: ShmServer,
+        permits: Permits,
+        tcp: TcpEndpoint | None,
         liveness: Liveness,
         namespaces: Namespaces,
         dropped: Mapping[str, int],
@@ -56,6 +60,8 @@ class Node:
         self._dropped = dropped  # counters of what the start could not restore
         self._disk = disk
         self._shm = shm
+        self._tcp = tcp
+        self.permits = permits  # what clients of a remote transport show for their grants
         self._report = report
         self._log = log
         self._sweeper: asyncio.Task[None] | None = None
@@ -81,6 +87,7 @@ class Node:
             "stalls": self.driver.stalls,
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
+            **(self._tcp.counters() if self._tcp else {}),
             **self._dropped,
         }
 
@@ -106,6 +113,11 @@ class Node:
             # Also the core's word for one that left earlier: its quarantine is lifted.
             self.driver.tell(events.ClientDead(client))
             self._liveness.forget(client)
+
+    def knows(self, session: int, client: int) -> bool:
+        """Whether the session lives and the client is one of it."""
+        found = self.sessions.find(session)
+        return found is not None and client in found.clients
 
     # ---- sessions --------------------------------------------------------------------------
 

@@ -8,10 +8,13 @@ Rule 2: handlers hold no state. Sessions are in `runtime.sessions`, all else is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import starmap
 from typing import Any
 
 import kvserver
+from kvproto import frames
 from kvproto.errors import FieldError
 from kvproto.grid import Grid, Region
 from kvproto.namespace import TEXT_BYTES_MAX
@@ -92,8 +95,16 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
     async def Goodbye(self, request: pb.GoodbyeRequest, context: Any) -> pb.GoodbyeReply:
         session = self._session(request.session)
         client = session.check_client(request.client)
-        await self._node.leave_session(session, client, drained=request.drained)
+        drained = request.drained and self._own_hands(session, client)
+        await self._node.leave_session(session, client, drained=drained)
         return pb.GoodbyeReply()
+
+    @staticmethod
+    def _own_hands(session: Session, client: int) -> bool:
+        """Whether a client's word counts that its copies have drained. Those of a remote transport
+        are the server's: they have when its data worker has let go, which the driver's poll sees.
+        """
+        return client not in session.remote
 
     def _session(self, session: int) -> Session:
         return self._node.sessions.get(session)
@@ -185,7 +196,15 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         )
         result = await self._driver.ask(event, instructions.ReserveResult)
         offsets, generations = convert.places_to(result.places)
+        permits = b""
+        if event.client in session.remote and result.reservation:
+            sizes = tokens or [spec.block_tokens] * len(hashes)
+            granted = zip(result.places, sizes, strict=True)
+            permits = self._permits(
+                frames.Op.WRITE, event.client, result.reservation, spec.grid, event.region, granted
+            )
         return pb.ReserveReply(
+            permits=permits,
             reservation=result.reservation,
             ttl_ms=convert.milliseconds(result.ttl),
             verdicts=bytes(result.verdicts),
@@ -216,16 +235,18 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
     @unary
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:
         session = self._session(request.session)
-        session.check_client(request.client)
+        client = session.check_client(request.client)
+        drained = request.drained and self._own_hands(session, client)
         ticket = self._driver.ticket()
-        event = events.Abort(ticket, session.id, request.reservation, drained=request.drained)
+        event = events.Abort(ticket, session.id, request.reservation, drained=drained)
         await self._driver.ask(event, type(None))
         return pb.AbortReply()
 
     @unary
     async def Fence(self, request: pb.FenceRequest, context: Any) -> pb.FenceReply:
         session = self._session(request.session)
-        session.check_client(request.client)
+        if not self._own_hands(session, session.check_client(request.client)):
+            return pb.FenceReply()
         event = events.Fence(self._driver.ticket(), session.id, request.reservation)
         return pb.FenceReply(slots_freed=await self._driver.ask(event, int))
 
@@ -236,7 +257,7 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         self, request: pb.AcquireRequest, context: Any
     ) -> AsyncIterator[pb.AcquireReply]:
         session = self._session(request.session)
-        session.check_client(request.client)
+        client = session.check_client(request.client)
         spec = session.spec(request.namespace)
         window_max = self._limits.window_bytes_max
         if request.window_bytes > window_max:
@@ -257,7 +278,13 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             self._driver.tell(released)
         async with contextlib.aclosing(self._driver.acquire(event)) as stream:
             async for step in stream:
-                yield self._acquired(step, spec.grid, event.region)
+                reply = self._acquired(step, spec.grid, event.region)
+                if step.granted is not None and client in session.remote:
+                    leased = [(block.place, block.tokens) for block in step.granted.blocks]
+                    reply.grant.permits = self._permits(
+                        frames.Op.READ, client, step.granted.lease, spec.grid, event.region, leased
+                    )
+                yield reply
 
     def _acquired(self, step: AcquireStep, grid: Grid, region: Region) -> pb.AcquireReply:
         missing: list[int] = []
@@ -290,6 +317,26 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             tiers=bytes(b.came_from for b in blocks),
             lease_ms=convert.milliseconds(item.lease_seconds),
         )
+
+    def _permits(
+        self,
+        op: frames.Op,
+        client: int,
+        hold: int,
+        grid: Grid,
+        region: Region,
+        granted: Iterable[tuple[events.Place | None, int]],
+    ) -> bytes:
+        """A permit for each place and the tokens of its block, packed."""
+        cell_bytes = functools.cache(grid.cell_bytes)
+
+        def sealed(place: events.Place | None, tokens: int) -> frames.Place | None:
+            if place is None:
+                return None
+            where = (hold, place.offset, place.generation, cell_bytes(tokens))
+            return frames.Place(*where, grid.layers, grid.heads, region)
+
+        return self._node.permits.mint_all(op, client, starmap(sealed, granted))
 
     @unary
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
