@@ -33,6 +33,7 @@ from kvclient.results import (
     ReserveVerdict,
     Tier,
 )
+from kvclient.tls import Tls
 from kvclient.writing import Reservation
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "SyncReadStream",
     "SyncReservation",
     "Tier",
+    "Tls",
     "Unavailable",
     "Unsupported",
 ]

@@ -27,6 +27,7 @@ from kvclient.results import Limits
 from kvclient.session import Link, Message, Options, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
+from kvclient.tls import Tls
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -78,6 +79,8 @@ class AsyncClient:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
     ) -> Connecting:
         """Connect to the hub at `address` ("host:port"): `await` it or use `async with`.
@@ -85,11 +88,13 @@ class AsyncClient:
         name          shown in the hub's stats, at most 128 bytes
         tenant        default "": the default tenant
         deadline_s    deadline of each call that names none of its own, default 10
-        transport     "auto" (default) or "shm": how bytes move. shm needs the hub's host
+        transport     how bytes move: "auto" (default), "shm" (on the hub's host) or "tcp"
         read_only     maps the arena for reading only; default False
         join_token    `token` of a client whose session this one joins as a further rank: leases
                       of one rank's lookup then hold for all. Default: a session of its own
         rank          this rank's number, default 0
+        connections   of the tcp transport, default 2
+        tls           TLS towards the hub (`kvclient.Tls`); default None: plain
         copy_threads  threads for copies and checksums, default 2
 
         Errors name the address and the reason: Unavailable, DeadlineExceeded, NotFound (no such
@@ -104,6 +109,8 @@ class AsyncClient:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
         )
         return Connecting(cls(options, copy_threads=copy_threads))
 
@@ -139,7 +146,7 @@ class AsyncClient:
 
     @property
     def transport(self) -> str:
-        """The transport in use, "shm". Unavailable without a connection."""
+        """The transport in use, "shm" or "tcp". Unavailable without a connection."""
         return self.session.link.transfer.transport
 
     @property

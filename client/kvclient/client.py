@@ -34,6 +34,7 @@ from kvclient.handles import SyncReadStream, SyncReservation
 from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
+from kvclient.tls import Tls
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -99,6 +100,8 @@ class Client:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
     ) -> None:
         """A client that connects at its first use. Parameters: `AsyncClient.connect`."""
@@ -111,6 +114,8 @@ class Client:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
         ).check()
         self._copy_threads = copy_threads
         self._lock = threading.Lock()
@@ -130,6 +135,8 @@ class Client:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
     ) -> Self:
         """A client that is connected. Parameters and errors: `AsyncClient.connect`."""
@@ -142,6 +149,8 @@ class Client:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
             copy_threads=copy_threads,
         )
         client.open()
