@@ -12,6 +12,13 @@ import pytest
 from kvclient import AsyncClient, Client, CommitVerdict, InvalidArgument
 from tests.contract.oracle import check_all, fresh
 from tests.support.server import ServerProcess
+from tests.support.ways import WAYS, Way
+
+
+@pytest.fixture(scope="module")
+def way() -> Way:
+    """These are about the client, whatever moves the bytes."""
+    return WAYS["shm"]
 
 
 def test_the_synchronous_client_from_eight_threads(hub: ServerProcess) -> None:

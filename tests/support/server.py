@@ -66,6 +66,8 @@ class ServerProcess:
         self.log_path = tmp_path / f"server-{self.address.rpartition(':')[2]}.log"
         self.log_path.touch()
         self.failpoints = failpoints
+        self.credentials: Any = None  # of a channel to a server with TLS
+        self.certificates: Any = None
         self.ready: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -182,8 +184,13 @@ class ServerProcess:
             time.sleep(0.02)
         raise ServerError(f"no event {name} {fields} within {timeout} s:\n{self.log()}")
 
+    def _channel(self) -> Any:
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address)
+        return grpc.secure_channel(self.address, self.credentials)
+
     def stats(self) -> kvserver_pb2.StatsReply:
-        with grpc.insecure_channel(self.address) as channel:
+        with self._channel() as channel:
             admin = kvserver_pb2_grpc.AdminStub(channel)
             return admin.Stats(kvserver_pb2.StatsRequest(), timeout=10, wait_for_ready=True)
 
