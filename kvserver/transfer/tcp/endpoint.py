@@ -209,6 +209,9 @@ class TcpEndpoint:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         loop = asyncio.get_running_loop()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes who accepts
         for worker in self._running:
             loop.remove_reader(worker.channel.fileno())
             with contextlib.suppress(OSError):
