@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -262,6 +263,7 @@ def test_a_connection_cut_anywhere_leaves_the_server_as_it_was(bench: TcpBench) 
     heads = range(len(hello) + 96 + 8 + 1)
     bench.connect().close()
     eventually(lambda: bench.counters()["tcp_connections"] == 0, "let go")
+    gc.collect()  # what earlier tests left must not go in between
     before = len(list(FD_DIR.iterdir()))
     for cut in [*heads, len(raw) - 1, len(raw)]:
         with bench.raw() as peer:
