@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from types import TracebackType
 from typing import Self
 
@@ -25,9 +26,16 @@ def sums_of(payload: bytes, cell_bytes: int) -> bytes:
 class RawTcp:
     """One connection. Every wait ends after DEADLINE_S."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: ssl.SSLContext | None = None) -> None:
         host, _, port = address.rpartition(":")
         self.sock = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+        if tls is not None:
+            plain = self.sock
+            try:
+                self.sock = tls.wrap_socket(plain, server_hostname=host)
+            except BaseException:
+                plain.close()
+                raise
 
     def hello(self, hello: Hello) -> Welcome:
         self.sock.sendall(frames.encode_hello(hello))

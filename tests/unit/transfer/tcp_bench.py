@@ -50,7 +50,11 @@ class TcpBench:
             workers=workers,
             **{"stall_s": 0.4, "hello_s": 0.4, **options},
         )
-        self._run(self.endpoint.start())
+        try:
+            self._run(self.endpoint.start())
+        except BaseException:
+            self.close()
+            raise
 
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
