@@ -128,7 +128,10 @@ def test_the_images_environment_is_a_valid_configuration() -> None:
     final = _stages("Dockerfile.server")[-1]
     settings = load(environment=final.environment)
     assert settings.listen.startswith("0.0.0.0:")
-    ports = {a.rpartition(":")[2] for a in (settings.listen, settings.metrics_listen)}
+    ports = {
+        a.rpartition(":")[2]
+        for a in (settings.listen, settings.metrics_listen, settings.tcp_listen)
+    }
     assert set(final.last("EXPOSE").split()) == ports
 
 
@@ -304,6 +307,7 @@ def test_the_servers_image_builds_serves_and_is_healthy(tmp_path: Path) -> None:
         "HOME": str(tmp_path),
         "KVSERVER_LISTEN": listen,
         "KVSERVER_METRICS_LISTEN": "127.0.0.1:0",
+        "KVSERVER_TCP_LISTEN": "127.0.0.1:0",
         "KVSERVER_HOST_DIR": str(host_dir),
         "KVSERVER_HOST_BYTES": "32MiB",
     }

@@ -125,6 +125,22 @@ def test_death_and_drained_ends_lift_a_quarantine(world: World, how: str) -> Non
     assert world.entries == {}
 
 
+def test_a_drained_client_lives_on_with_what_it_has_reserved(world: World) -> None:
+    """Its connections were dropped: nothing of before can write, and it may begin anew."""
+    world.reserve(1, chain("a", 3), ttl=2.0)
+    keys = chain("b", 1)
+    living = world.reserve(1, keys, ttl=30.0)
+    world.advance(2.0)
+    assert world.tier(HOST).quarantined == 3
+    assert world.hub.suspects() == {10}
+    world.send(ev.ClientDrained(10))
+    assert world.tier(HOST).quarantined == 0
+    assert world.hub.suspects() == set()
+    assert commit(world, living, keys[0], WHOLE).completed == 1
+    assert world.reserve(1, chain("c", 1)).reservation
+    world.hub.validate()
+
+
 def test_a_session_that_ends_undrained_leaves_its_slots_fenced(world: World) -> None:
     world.reserve(1, chain("a", 2))
     world.ask(ev.CloseSession, session=1, drained=False)
