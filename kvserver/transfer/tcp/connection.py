@@ -162,6 +162,7 @@ class Connection:
             self._refuse(request.op, request.tag, Status.DENIED)
         if not self._slots.within(request.place):
             self._refuse(request.op, request.tag, Status.BAD)
+        self._slots.map_in(request.place)
         if request.op is Op.WRITE:
             self._write(request)
         else:
