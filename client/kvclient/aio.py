@@ -184,7 +184,11 @@ class AsyncClient:
         *,
         deadline_s: float | None = None,
     ) -> pb.EvictReply:
-        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them."""
+        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them.
+
+        `in_use` of the reply counts the blocks that stayed because a reader holds a lease on them,
+        or a copy between tiers runs. Leases of a pull go back soon after it, not before it returns.
+        """
         keys = hash_list("hashes", hashes) if hashes else []
         request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))
         reply: pb.EvictReply = await self._ask("Evict", request, deadline_s)

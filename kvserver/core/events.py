@@ -271,7 +271,7 @@ class ReportCorrupt:
 class Evict:
     """Drops unleased blocks of one namespace from all tiers; empty `hashes`: all.
 
-    Answer: Evicted.
+    Answer: Evicted, which counts the leased ones as well: they stay.
     """
 
     ticket: int

@@ -48,6 +48,7 @@ class AcquireResult:
 class Evicted:
     blocks: int
     bytes: int
+    in_use: int = 0  # complete blocks that stayed: leased, or source or target of a copy
 
 
 # ---- instructions --------------------------------------------------------------------------

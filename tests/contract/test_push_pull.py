@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from dataclasses import replace
 from itertools import count
 
@@ -179,6 +180,27 @@ async def test_two_ranks_of_a_session_fill_one_block(hub: ServerProcess) -> None
         pulled = await namespaces[1].pull(keys, out, inherit_lease=pinned.lease)
         assert pulled.found.all(), "one rank's lease holds for the other"
         await namespaces[0].release(pinned.lease)
+
+
+async def test_evict_tells_of_the_leased_blocks_that_stayed(client: AsyncClient) -> None:
+    """A lookup's pin outlives the lookup: an eviction that it stops must not look like one that
+    had nothing to do, nor a push after it like a failed one."""
+    blocks = fresh()
+    keys = blocks.chain(1, 4)
+    namespace = await client.open_namespace(blocks.spec)
+    assert repr(await namespace.push(keys, blocks.payloads(keys))) == "PushResult(written=4)"
+    lease = (await namespace.lookup(keys[:3], pin_s=5)).lease
+    reply = await client.evict(namespace.id, keys)
+    assert (reply.blocks, reply.in_use) == (1, 3)
+    pushed = await namespace.push(keys, blocks.payloads(keys))
+    assert repr(pushed) == "PushResult(written=1, present=3)"
+    await namespace.release(lease)  # which is sent soon, with others
+    evicted, deadline = 0, time.monotonic() + 3
+    while (reply := await client.evict(namespace.id, keys)).in_use:
+        evicted += reply.blocks
+        assert time.monotonic() < deadline, reply
+        await asyncio.sleep(0.01)
+    assert evicted + reply.blocks == 4
 
 
 async def test_join_without_such_a_session_is_not_found(hub: ServerProcess) -> None:
