@@ -6,7 +6,8 @@
         result = await ns.pull(hashes, out)      # byte-exact where result.found, a miss elsewhere
 
 Rules:
- 1. A client belongs to the process and the event loop that opened it. Open it after forks.
+ 1. A client belongs to the process and the event loop that opened it. Open it after forks: in the
+    child of a process that had opened one, `open` raises Unsupported (`kvclient.forks`).
  2. Every call ends within its deadline, with a result or a KVError.
  3. A lost hub costs calls (Unavailable, Gone), never the client: it reconnects by itself.
 """
@@ -18,6 +19,7 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
+from kvclient import forks
 from kvclient.checks import hash_list
 from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
@@ -106,6 +108,7 @@ class AsyncClient:
         return Connecting(cls(options, copy_threads=copy_threads))
 
     async def open(self) -> AsyncClient:
+        forks.check()
         await self.session.open()
         return self
 
