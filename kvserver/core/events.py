@@ -131,7 +131,10 @@ class OpenNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a group of layers needs of a prefix: 'every', 'last' (`blocks` many) or 'state'."""
+    """What a group of layers needs of a prefix: 'every', 'last' (`blocks` many) or 'state'.
+
+    With a `region`, a block that is still filling will do once these cells are committed.
+    """
 
     kind: str
     blocks: int = 0
