@@ -1,10 +1,12 @@
 """The client of kvserver: push and pull KV blocks by prefix hash.
 
 `Client` is synchronous and may be used from several threads; `AsyncClient` belongs to one event
-loop. Both open lazily enough to be created after forks. Errors are KVErrors; a pulled block is
-byte-exact or a miss.
+loop. A `Client` may be built before a fork and opened after it; a process forked from one in which
+a client was open has none (`kvclient.forks`). Errors are KVErrors; a pulled block is byte-exact or
+a miss.
 """
 
+from kvclient import forks  # first: it decides how gRPC is loaded
 from kvclient.aio import AsyncClient
 from kvclient.client import Client, Namespace
 from kvclient.errors import (
@@ -67,4 +69,5 @@ __all__ = [
     "Tls",
     "Unavailable",
     "Unsupported",
+    "forks",
 ]

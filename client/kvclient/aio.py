@@ -6,7 +6,8 @@
         result = await ns.pull(hashes, out)      # byte-exact where result.found, a miss elsewhere
 
 Rules:
- 1. A client belongs to the process and the event loop that opened it. Open it after forks.
+ 1. A client belongs to the process and the event loop that opened it. Open it after forks: in the
+    child of a process that had opened one, `open` raises Unsupported (`kvclient.forks`).
  2. Every call ends within its deadline, with a result or a KVError.
  3. A lost hub costs calls (Unavailable, Gone), never the client: it reconnects by itself.
 """
@@ -18,6 +19,7 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
+from kvclient import forks
 from kvclient.checks import hash_list
 from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
@@ -115,6 +117,7 @@ class AsyncClient:
         return Connecting(cls(options, copy_threads=copy_threads))
 
     async def open(self) -> AsyncClient:
+        forks.check()
         await self.session.open()
         return self
 
@@ -194,7 +197,11 @@ class AsyncClient:
         *,
         deadline_s: float | None = None,
     ) -> pb.EvictReply:
-        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them."""
+        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them.
+
+        `in_use` of the reply counts the blocks that stayed because a reader holds a lease on them,
+        or a copy between tiers runs. What this client gave back before is free by then.
+        """
         keys = hash_list("hashes", hashes) if hashes else []
         await self.leases.settle()  # what this client gave back must not be in the way
         request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))

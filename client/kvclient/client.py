@@ -10,8 +10,8 @@ deadline. Safe to use from several threads at once.
 
 Rules:
  1. Nothing is opened before the first use: a Client may be built before a fork, and used after.
- 2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported;
-    build a new one there.
+ 2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported
+    before they touch gRPC, and so does opening another one there (`kvclient.forks`).
  3. No call outlives its deadline by more than GRACE_S, even if the loop's thread is starved.
 """
 
@@ -62,7 +62,7 @@ class _Runner:
         if os.getpid() != self._pid:
             raise Unsupported(
                 f"this client of {self._address} was opened in process {self._pid}: "
-                "open one after the fork"
+                "nothing of it works after the fork"
             )
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:

@@ -182,6 +182,23 @@ async def test_two_ranks_of_a_session_fill_one_block(way: Way, hub: ServerProces
         await namespaces[0].release(pinned.lease)
 
 
+async def test_evict_tells_of_the_leased_blocks_that_stayed(client: AsyncClient) -> None:
+    """A lookup's pin outlives the lookup: an eviction that it stops must not look like one that
+    had nothing to do, nor a push after it like a failed one."""
+    blocks = fresh()
+    keys = blocks.chain(1, 4)
+    namespace = await client.open_namespace(blocks.spec)
+    assert repr(await namespace.push(keys, blocks.payloads(keys))) == "PushResult(written=4)"
+    lease = (await namespace.lookup(keys[:3], pin_s=5)).lease
+    reply = await client.evict(namespace.id, keys)
+    assert (reply.blocks, reply.in_use) == (1, 3)
+    pushed = await namespace.push(keys, blocks.payloads(keys))
+    assert repr(pushed) == "PushResult(written=1, present=3)"
+    await namespace.release(lease)  # an eviction of the same client comes after it
+    reply = await client.evict(namespace.id, keys)
+    assert (reply.blocks, reply.in_use) == (4, 0)
+
+
 async def test_join_without_such_a_session_is_not_found(way: Way, hub: ServerProcess) -> None:
     with pytest.raises(NotFound) as caught:
         await way.client(hub, join_token=bytes(16))
