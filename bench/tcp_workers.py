@@ -6,9 +6,9 @@ Method. Two servers run at once, one with `tcp_workers` 0 (threads), one with 1 
 takes, of each in turn, lookups of 1,024 keys while nothing else runs, the same beside one
 connection that writes as fast as it can, and beside one that reads; then the bare loopback: the
 same process sends to a receiver that takes 1 MiB a call into memory as large as the slots. So drift
-of the machine meets all of them alike. Streams send whole 4 MiB blocks, pipelined; the server hashes
-every cell that it takes in. Sender, server and the process that looks up share the machine's cores,
-which is part of what is measured.
+of the machine meets all of them alike. Streams send whole 4 MiB blocks, pipelined; the server
+hashes every cell that it takes in. Sender, server and the process that looks up share the machine's
+cores, which is part of what is measured.
 """
 
 from __future__ import annotations
