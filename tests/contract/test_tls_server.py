@@ -11,6 +11,7 @@ import pytest
 from kvproto.frames import Hello, HelloStatus
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
+from kvserver.cli import EXIT_OK, EXIT_UNREACHABLE, EXIT_USAGE, main
 from tests.support.server import ServerProcess
 from tests.support.tcp import RawTcp
 from tests.support.tls import make_certificates
@@ -38,6 +39,11 @@ def test_both_ports_ask_for_a_certificate(
         with channel, pytest.raises(grpc.RpcError) as caught:
             kvserver_pb2_grpc.CacheStub(channel).Hello(request, timeout=5)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    address = ["--address", server.address, "--timeout-s", "5"]
+    files = ["--tls-ca", made.cert("ca"), "--tls-cert", made.cert("client")]
+    assert main(["stats", *address]) == EXIT_UNREACHABLE
+    assert main(["stats", *address, *files]) == EXIT_USAGE, "the key is missing"
+    assert main(["stats", *address, *files, "--tls-key", made.key("client")]) == EXIT_OK
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
     with grpc.secure_channel(server.address, credentials) as channel:
         hello = kvserver_pb2_grpc.CacheStub(channel).Hello(request, timeout=5)
