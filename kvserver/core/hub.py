@@ -192,6 +192,13 @@ class Hub:
         """Clients whose death would lift a quarantine."""
         return self._books.quarantine.clients()
 
+    def may_write(self, reservation: int, session: int, client: int) -> bool:
+        """Whether this client holds that reservation now."""
+        found = self._holds.reservations.get(reservation)
+        return found is not None and not found.pending and (
+            (found.session, found.client) == (session, client)
+        )
+
     def next_deadline(self) -> float | None:
         """When, on the caller's clock, something expires next."""
         deadline = self._books.timers.next()
