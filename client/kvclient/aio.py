@@ -25,6 +25,7 @@ from kvclient.namespace import AsyncNamespace
 from kvclient.reading import Leases
 from kvclient.results import Limits
 from kvclient.session import Link, Message, Options, Session
+from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -63,6 +64,7 @@ class AsyncClient:
         if not 1 <= copy_threads <= 64:
             raise InvalidArgument.of("copy_threads", copy_threads, "from 1 to 64")
         self.copier = Copier(copy_threads)
+        self.buffers = Buffers()
 
     @classmethod
     def connect(
@@ -113,6 +115,7 @@ class AsyncClient:
         """Say goodbye. Copies end first; reservations and leases of this client are over."""
         self.copier.close()
         await self.session.close()
+        self.buffers.clear()
 
     # ---- what it is ----------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class AsyncClient:
     @property
     def transport(self) -> str:
         """The transport in use, "shm". Unavailable without a connection."""
-        return self.session.link.arena.transport
+        return self.session.link.transfer.transport
 
     @property
     def healthy(self) -> bool:
@@ -186,6 +189,7 @@ class AsyncClient:
     ) -> pb.EvictReply:
         """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them."""
         keys = hash_list("hashes", hashes) if hashes else []
+        await self.leases.settle()  # what this client gave back must not be in the way
         request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))
         reply: pb.EvictReply = await self._ask("Evict", request, deadline_s)
         return reply

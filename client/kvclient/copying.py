@@ -12,6 +12,9 @@ Rules:
  3. A read is good if the checksums of the bytes that ARRIVED match the trailer, the trailer
     matches the root, and the slot was current before and after.
  4. A task that was told to stop ends within one chunk. `run` returns only when no copy runs.
+
+`Writing` and `Reading` are what any Transfer is given; how a mapped Arena does them stands here,
+how others do in `kvclient.transfer`.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from itertools import pairwise
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from kvclient.errors import KVError, Unavailable
-from kvclient.transfer.base import Arena, Bytes
+from kvclient.transfer.base import Arena, Bytes, Transfer
 from kvproto.checksum import grid_checksums, root_of
 from kvproto.grid import Grid, Region
 
@@ -52,12 +57,15 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A granted slot: where it is and what it holds. `root` is 0 while the block is filling."""
+    """A granted slot: where it is and what it holds. `root` is 0 while the block is filling;
+    `permit` proves the grant where the bytes go through the hub.
+    """
 
     offset: int
     generation: int
     tokens: int
     root: int = 0
+    permit: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,123 +212,172 @@ def _copy_long_rows(
 
 
 class Writing:
-    """Copies `sources` (one [layers, heads, >= cell bytes] a block) into granted slots.
+    """What goes into granted slots: `sources`, one [layers, heads, >= cell bytes] a block. Without
+    sources, what stands in the slots is only hashed (an Arena can do that).
 
-    `sums[i]` are block i's checksums in layer-major order once its pieces are done; `stale[i]`
-    says that its slot was lost on the way. With no sources, hashes what stands in the slots.
+    `hold` is the reservation, `granted` its region. `sums[i]` are block i's checksums in
+    layer-major order once it was moved; `stale[i]` says that its slot was lost on the way.
     """
 
     def __init__(
         self,
-        arena: Arena,
         grid: Grid,
         region: Region,
         slots: Sequence[Slot],
         sources: Sequence[Bytes] | None,
+        *,
+        hold: int = 0,
+        granted: Region | None = None,
     ) -> None:
-        self._arena = arena
-        self._grid = grid
-        self._region = region
-        self._slots = slots
-        self._sources = sources
+        self.grid = grid
+        self.region = region
+        self.slots = slots
+        self.sources = sources
+        self.hold = hold
+        self.granted = granted or region
         self.sums: Checksums = np.zeros((len(slots), region.layers, region.heads), np.uint64)
         self.stale = np.zeros(len(slots), np.bool_)
+        self.drained = True  # False: a hub may still write these slots on our behalf
 
-    def __call__(self, piece: Piece) -> None:
-        try:
-            done = self._write(piece)
-        except KVError:  # the arena was closed under us: its session is lost
-            done = False
-        if not done:
-            self.stale[piece.index] = True
 
-    def _write(self, piece: Piece) -> bool:
-        slot = self._slots[piece.index]
-        length = self._grid.payload_bytes(slot.tokens)
-        sums = self.sums[piece.index, piece.start : piece.stop]
+def write_piece(arena: Arena, work: Writing, piece: Piece) -> None:
+    """Copy and hash one piece of a Writing in a mapped arena."""
+    try:
+        done = _write(arena, work, piece)
+    except KVError:  # the arena was closed under us: its session is lost
+        done = False
+    if not done:
+        work.stale[piece.index] = True
 
-        def ours() -> bool:
-            return self._arena.current(slot.offset, slot.generation)
 
-        if self._sources is None:
-            whole = self._arena.reading(slot.offset, length)
-            cells = cells_of(whole, self._grid, slot.tokens, self._region)
-            sums[:] = grid_checksums(cells[piece.start : piece.stop]).reshape(sums.shape)
-            return ours()
-        whole = self._arena.writing(slot.offset, length)
-        target = cells_of(whole, self._grid, slot.tokens, self._region)[piece.start : piece.stop]
-        source = self._sources[piece.index][piece.start : piece.stop, :, : target.shape[2]]
-        flat = sums.reshape(-1)
-        at = 0
-        for into, rows in _rows(target, source):
-            if not _copy_hashed(into, rows, into, flat[at : at + len(into)], ours):
-                return False
-            at += len(into)
-        return True
+def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
+    slot, grid = work.slots[piece.index], work.grid
+    length = grid.payload_bytes(slot.tokens)
+    sums = work.sums[piece.index, piece.start : piece.stop]
+
+    def ours() -> bool:
+        return arena.current(slot.offset, slot.generation)
+
+    if work.sources is None:
+        whole = arena.reading(slot.offset, length)
+        cells = cells_of(whole, grid, slot.tokens, work.region)
+        sums[:] = grid_checksums(cells[piece.start : piece.stop]).reshape(sums.shape)
+        return ours()
+    whole = arena.writing(slot.offset, length)
+    target = cells_of(whole, grid, slot.tokens, work.region)[piece.start : piece.stop]
+    source = work.sources[piece.index][piece.start : piece.stop, :, : target.shape[2]]
+    flat = sums.reshape(-1)
+    at = 0
+    for into, rows in _rows(target, source):
+        if not _copy_hashed(into, rows, into, flat[at : at + len(into)], ours):
+            return False
+        at += len(into)
+    return True
 
 
 # ---- reading ---------------------------------------------------------------------------------
 
 
 class Reading:
-    """Copies granted slots into `targets` (one [layers, heads, >= cell bytes] a block; rows
-    contiguous) and checks every byte. With no targets, checks what stands in the slots.
+    """What is read of granted slots into `targets` (one [layers, heads, >= cell bytes] a block;
+    rows contiguous), every byte checked. Without targets, what stands in the slots is only checked
+    (an Arena can do that).
 
-    `outcomes[i]` is valid once all of block i's pieces are done.
+    `hold` is the lease. `outcomes[i]` is valid once all of block i was moved.
     """
 
     def __init__(
         self,
-        arena: Arena,
         grid: Grid,
         region: Region,
         slots: Sequence[Slot],
         targets: Sequence[Bytes] | None,
+        *,
+        hold: int = 0,
+        granted: Region | None = None,
     ) -> None:
-        self._arena = arena
-        self._grid = grid
-        self._region = region
-        self._slots = slots
-        self._targets = targets
+        self.grid = grid
+        self.region = region
+        self.slots = slots
+        self.targets = targets
+        self.hold = hold
+        self.granted = granted or region
         self.outcomes = np.zeros(len(slots), np.uint8)
 
-    def __call__(self, piece: Piece) -> None:
-        try:
-            outcome = self._read(piece)
-        except KVError:
-            outcome = Outcome.STALE
-        if outcome is not Outcome.OK:
-            self.outcomes[piece.index] = outcome
-
-    def _read(self, piece: Piece) -> Outcome:
-        slot, grid = self._slots[piece.index], self._grid
-
-        def current() -> bool:
-            return self._arena.current(slot.offset, slot.generation)
-
-        if not current():
-            return Outcome.STALE
-        payload = grid.payload_bytes(slot.tokens)
-        whole = self._arena.reading(slot.offset, payload + grid.trailer_bytes)
-        cells = cells_of(whole, grid, slot.tokens, self._region)[piece.start : piece.stop]
-        if self._targets is None:
-            sums = grid_checksums(cells)
-        else:
-            target = self._targets[piece.index][piece.start : piece.stop, :, : cells.shape[2]]
-            sums = np.zeros(cells.shape[0] * cells.shape[1], np.uint64)
-            at = 0
-            for into, rows in _rows(target, cells):
-                if not _copy_hashed(into, rows, into, sums[at : at + len(into)], current):
-                    return Outcome.STALE
-                at += len(into)
-        trailer = whole[payload:]
+    def matches(self, index: int, start: int, stop: int, sums: Checksums, trailer: Bytes) -> bool:
+        """Whether the checksums of layers [start, stop) of the region, and the root of block
+        `index`, are those of the slot's `trailer` (its bytes, all cells).
+        """
+        slot, grid, region = self.slots[index], self.grid, self.region
         wanted = trailer.view("<u8").reshape(grid.layers, grid.heads)[
-            self._region.layer_start + piece.start : self._region.layer_start + piece.stop,
-            self._region.head_start : self._region.head_stop,
+            region.layer_start + start : region.layer_start + stop,
+            region.head_start : region.head_stop,
         ]
         good = bool(np.array_equal(sums, wanted.reshape(-1)))
-        if slot.root and root_of(trailer) != slot.root:
-            good = False
-        if not current():
-            return Outcome.STALE
-        return Outcome.OK if good else Outcome.CORRUPT
+        return good and (not slot.root or root_of(trailer) == slot.root)
+
+
+def read_piece(arena: Arena, work: Reading, piece: Piece) -> None:
+    """Copy and check one piece of a Reading in a mapped arena."""
+    try:
+        outcome = _read(arena, work, piece)
+    except KVError:
+        outcome = Outcome.STALE
+    if outcome is not Outcome.OK:
+        work.outcomes[piece.index] = outcome
+
+
+def _read(arena: Arena, work: Reading, piece: Piece) -> Outcome:
+    slot, grid = work.slots[piece.index], work.grid
+
+    def current() -> bool:
+        return arena.current(slot.offset, slot.generation)
+
+    if not current():
+        return Outcome.STALE
+    payload = grid.payload_bytes(slot.tokens)
+    whole = arena.reading(slot.offset, payload + grid.trailer_bytes)
+    cells = cells_of(whole, grid, slot.tokens, work.region)[piece.start : piece.stop]
+    if work.targets is None:
+        sums = grid_checksums(cells)
+    else:
+        target = work.targets[piece.index][piece.start : piece.stop, :, : cells.shape[2]]
+        sums = np.zeros(cells.shape[0] * cells.shape[1], np.uint64)
+        at = 0
+        for into, rows in _rows(target, cells):
+            if not _copy_hashed(into, rows, into, sums[at : at + len(into)], current):
+                return Outcome.STALE
+            at += len(into)
+    good = work.matches(piece.index, piece.start, piece.stop, sums, whole[payload:])
+    if not current():
+        return Outcome.STALE
+    return Outcome.OK if good else Outcome.CORRUPT
+
+
+# ---- both ------------------------------------------------------------------------------------
+
+
+class Mapped:
+    """`put` and `get` of an Arena: this process copies, in the copy threads."""
+
+    @property
+    def mapped(self) -> Literal[True]:
+        return True
+
+    async def put(self: Arena, work: Writing, copier: Copier) -> None:
+        pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
+        await copier.run(partial(write_piece, self, work), pieces)
+
+    async def get(self: Arena, work: Reading, copier: Copier) -> None:
+        pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
+        await copier.run(partial(read_piece, self, work), pieces)
+
+
+def as_arena(transfer: Transfer) -> Arena | None:
+    """The same, when this process maps the hub's memory."""
+    return cast("Arena", transfer) if transfer.mapped else None
+
+
+def _layer_bytes(work: Writing | Reading) -> int:
+    tokens = max((slot.tokens for slot in work.slots), default=work.grid.block_tokens)
+    return work.region.heads * work.grid.cell_bytes(tokens)

@@ -29,6 +29,7 @@ from kvclient.errors import InvalidArgument, KVError, NotFound, late
 from kvclient.reading import Leases, Pull, ReadStream
 from kvclient.results import Lookup, Need, PullResult, PushResult
 from kvclient.session import Link, Session
+from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.writing import Push, Reservation, region_message
 from kvproto.grid import Grid, Region
@@ -334,6 +335,10 @@ class AsyncNamespace:
     @property
     def copier(self) -> Copier:
         return self._client.copier
+
+    @property
+    def buffers(self) -> Buffers:
+        return self._client.buffers
 
     @property
     def leases(self) -> Leases:

@@ -21,12 +21,12 @@ import grpc.aio
 import numpy as np
 
 from kvclient.checks import Arrays, targets_of
-from kvclient.copying import Outcome, Piece, Reading, Slot, cells_of
-from kvclient.errors import Gone, InvalidArgument, KVError, late
+from kvclient.copying import Outcome, Piece, Reading, Slot, as_arena, cells_of, read_piece
+from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError, late
 from kvclient.results import Bytes, PullResult, Tier
 from kvclient.session import Link, Session
 from kvclient.timing import Deadline
-from kvclient.writing import region_message
+from kvclient.writing import permits_of, region_message
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -34,57 +34,86 @@ if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
 
 
+RELEASE_PAUSE_S = 0.02  # leases that nobody waits for go back after this, or with an Acquire
+GROUP_BYTES = 8 << 20  # moved at once by a stream of a hub that is not mapped
+
+
 class Leases:
-    """Gives leases back, many in one call."""
+    """Gives leases back, many in one call: those that came while the last call ran, and those of
+    streams that have ended, for which the hub can wait a moment, with the next Acquire.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._pending: dict[Link, list[int]] = {}
         self._flusher: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
-    def give_back(self, link: Link, lease: int) -> None:
+    def give_back(self, link: Link, lease: int, *, soon: bool = True) -> None:
+        """`soon`: a stream waits for room in its window."""
         if link.lost is not None:
             return
         self._pending.setdefault(link, []).append(lease)
+        if soon:
+            self._hurry.set()
         if self._flusher is None or self._flusher.done():
             self._flusher = self._session.background(self._flush())
 
+    def take(self, link: Link) -> bytes:
+        """What waits to be given back under `link`, packed, for the caller to send."""
+        return np.array(self._pending.pop(link, []), "<u8").tobytes()
+
+    async def settle(self) -> None:
+        """Return when the hub has heard of everything given back until now."""
+        self._hurry.set()
+        if self._flusher is not None:
+            await asyncio.gather(self._flusher, return_exceptions=True)
+
     async def _flush(self) -> None:
         while self._pending:
-            link, leases = self._pending.popitem()
-            packed = np.array(leases, "<u8").tobytes()
+            if not self._hurry.is_set():
+                with suppress(*TIMEOUTS):
+                    await asyncio.wait_for(self._hurry.wait(), RELEASE_PAUSE_S)
+            self._hurry.clear()
+            for link in list(self._pending):
+                await self._send(link, self.take(link))
 
-            async def make(at: Link, packed: bytes = packed) -> pb.ReleaseRequest:
-                return pb.ReleaseRequest(session=at.session, leases=packed)
+    async def _send(self, link: Link, packed: bytes) -> None:
+        async def make(at: Link) -> pb.ReleaseRequest:
+            return pb.ReleaseRequest(session=at.session, leases=packed)
 
-            with suppress(KVError):  # unheard, they expire
-                deadline = Deadline(self._session.options.deadline_s)
-                await self._session.call("Release", make, deadline, link=link)
+        with suppress(KVError):  # unheard, they expire
+            deadline = Deadline(self._session.options.deadline_s)
+            await self._session.call("Release", make, deadline, link=link)
 
 
 class Batch:
-    """One Grant: slots under one lease. Goes back when each block was released."""
+    """One Grant: slots under one lease. Goes back when each block was released; at leisure when
+    it is the stream's `last`.
+    """
 
-    def __init__(self, grant: pb.Grant, link: Link, leases: Leases) -> None:
+    def __init__(self, grant: pb.Grant, link: Link, leases: Leases, *, last: bool) -> None:
         self.indices: list[int] = np.frombuffer(grant.indices, "<u4").tolist()
         offsets = np.frombuffer(grant.offsets, "<u8").tolist()
         generations = np.frombuffer(grant.generations, "<u8").tolist()
         tokens = np.frombuffer(grant.tokens, "<u4").tolist()
         roots = np.frombuffer(grant.roots, "<u8").tolist()
         self.tiers = np.frombuffer(grant.tiers, np.uint8)
-        columns = zip(offsets, generations, tokens, roots, strict=True)
+        permits = permits_of(grant.permits, len(offsets))
+        columns = zip(offsets, generations, tokens, roots, permits, strict=True)
         self.slots = [Slot(*column) for column in columns]
         if not len(self.slots) == len(self.indices) == len(self.tiers):
             raise KVError("the hub sent a ragged grant")
         self.link = link
-        self._lease: int = grant.lease
+        self.lease: int = grant.lease
         self._leases = leases
         self._held = len(self.slots)
+        self._last = last
 
     def release(self, count: int = 1) -> None:
         self._held -= count
         if self._held == 0:
-            self._leases.give_back(self.link, self._lease)
+            self._leases.give_back(self.link, self.lease, soon=not self._last)
 
 
 class Granted:
@@ -99,30 +128,42 @@ class Granted:
 
     def __init__(self, stream: ReadStream, batch: Batch, position: int) -> None:
         self._stream = stream
-        self._batch = batch
-        self._slot = batch.slots[position]
+        self.batch = batch
+        self.slot = batch.slots[position]
         self._released = False
         self.index = batch.indices[position]
-        self.tokens = self._slot.tokens
+        self.tokens = self.slot.tokens
         self.tier = Tier(int(batch.tiers[position]))
-        self.complete = self._slot.root != 0
+        self.complete = self.slot.root != 0
         self.corrupt = False
+        self._local: Bytes | None = None  # the region's cells, when the hub's are not mapped here
+        self._outcome = Outcome.STALE  # of what was moved there
 
     def __repr__(self) -> str:
         return f"Granted(index={self.index}, tokens={self.tokens}, tier={self.tier.name})"
 
     @property
     def cells(self) -> Bytes:
-        """The region's cells, read-only, in the arena:
+        """The region's cells, read-only:
         uint8 [layers of the region, heads of the region, pages, page bytes].
-        Copy, then `verify`, then `release`. Gone when the session ended.
+
+        Over shm they stand in the hub's arena, over other transports where they were moved to.
+        Copy, then `verify`, then `release`; after that the view is worth nothing. Gone when the
+        session ended.
         """
-        grid, region, link = self._stream.namespace.grid, self._stream.region, self._batch.link
+        grid, region, link = self._stream.namespace.grid, self._stream.region, self.batch.link
         if link.lost is not None:
             raise link.gone()
-        whole = link.arena.reading(self._slot.offset, grid.payload_bytes(self._slot.tokens))
-        cells = cells_of(whole, grid, self._slot.tokens, region)
-        shape = (*cells.shape[:2], grid.pages_for(self._slot.tokens), grid.page_bytes)
+        shape = (region.layers, region.heads, grid.pages_for(self.tokens), grid.page_bytes)
+        arena = as_arena(link.transfer)
+        if arena is None:
+            if self._local is None:
+                raise Gone("this block was released")
+            moved = self._local.reshape(shape)
+            moved.flags.writeable = False
+            return moved
+        whole = arena.reading(self.slot.offset, grid.payload_bytes(self.slot.tokens))
+        cells = cells_of(whole, grid, self.slot.tokens, region)
         strides = (*cells.strides[:2], grid.page_bytes, 1)
         return np.lib.stride_tricks.as_strided(cells, shape, strides, writeable=False)
 
@@ -131,7 +172,12 @@ class Granted:
         the grant. Call it after copying; hashes the region, so call it in a worker thread.
         False is a miss: forget what was copied.
         """
-        return self._judge(self._reading(None))
+        arena = as_arena(self.batch.link.transfer)
+        if arena is None:
+            return self._judge(self._outcome)
+        work = self._work(None)
+        read_piece(arena, work, Piece(0, 0, self._stream.region.layers))
+        return self._judge(Outcome(int(work.outcomes[0])))
 
     async def copy_to(self, out: Bytes) -> bool:
         """Copy the region into `out` ([layers, heads, cell bytes or more], cells contiguous) in
@@ -139,31 +185,39 @@ class Granted:
         """
         namespace = self._stream.namespace
         targets = targets_of("out", [out], [self.tokens], namespace.grid, self._stream.region)
+        transfer = self.batch.link.transfer
+        if not transfer.mapped:
+            cells = self.cells
+            targets[0][:, :, : cells[0, 0].size] = cells.reshape(*cells.shape[:2], -1)
+            return self._judge(self._outcome)
         work = self._work(targets)
-        pieces = namespace.copier.split(self._stream.region.layers, self._layer_bytes(), [0])
-        await namespace.copier.run(work, pieces)
+        await transfer.get(work, namespace.copier)
         return self._judge(Outcome(int(work.outcomes[0])))
+
+    def local(self) -> Bytes:
+        """Memory for the region of this block; `moved` says what became of it."""
+        size = self._stream.namespace.grid.region_bytes(self._stream.region, self.tokens)
+        self._local = self._stream.namespace.buffers.take(size)
+        return self._local.reshape(self._stream.region.layers, self._stream.region.heads, -1)
+
+    def moved(self, outcome: Outcome) -> None:
+        self._outcome = outcome
 
     async def release(self) -> None:
         """Give the lease back; sent with others, soon. A second call does nothing."""
         if self._released:
             return
         self._released = True
-        self._batch.release()
+        self.batch.release()
+        if self._local is not None:
+            self._stream.namespace.buffers.give_back(self._local)
+            self._local = None
         if self.corrupt:
-            self._stream.namespace.report_soon([self._stream.hashes[self.index]], self._batch.link)
-
-    def _layer_bytes(self) -> int:
-        return self._stream.region.heads * self._stream.namespace.grid.cell_bytes(self.tokens)
+            self._stream.namespace.report_soon([self._stream.hashes[self.index]], self.batch.link)
 
     def _work(self, targets: list[Bytes] | None) -> Reading:
-        grid = self._stream.namespace.grid
-        return Reading(self._batch.link.arena, grid, self._stream.region, [self._slot], targets)
-
-    def _reading(self, targets: list[Bytes] | None) -> Outcome:
-        work = self._work(targets)
-        work(Piece(0, 0, self._stream.region.layers))
-        return Outcome(int(work.outcomes[0]))
+        grid, region = self._stream.namespace.grid, self._stream.region
+        return Reading(grid, region, [self.slot], targets, hold=self.batch.lease)
 
     def _judge(self, outcome: Outcome) -> bool:
         self.corrupt = self.corrupt or outcome is Outcome.CORRUPT
@@ -197,6 +251,8 @@ class ReadStream:
         self._link: Link | None = None
         self._ready: list[Granted] = []
         self._done = False
+        self._coming: list[list[Granted]] = []  # granted, not moved here yet; the next one last
+        self._moving: asyncio.Task[list[Granted]] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -212,8 +268,15 @@ class ReadStream:
     async def aclose(self) -> None:
         """End the call at the hub. Blocks already granted but not handed out go back."""
         self._done = True
-        while self._ready:
-            await self._ready.pop().release()
+        left = [*self._ready, *(granted for group in self._coming for granted in group)]
+        if self._moving is not None:
+            self._moving.cancel()
+            with suppress(KVError, asyncio.CancelledError):
+                left += await self._moving
+            self._moving = None
+        self._ready, self._coming = [], []
+        for granted in left:
+            await granted.release()
         if self._call is not None and not self._call.done():
             self._call.cancel()
 
@@ -222,12 +285,56 @@ class ReadStream:
 
     async def __anext__(self) -> Granted:
         while not self._ready:
-            batch = await self.next_batch(Deadline(self._step_s))
+            deadline = Deadline(self._step_s)
+            if self._moving is not None or self._coming:
+                self._ready = await self._moved(deadline)
+                continue
+            batch = await self.next_batch(deadline)
             if batch is None:
                 raise StopAsyncIteration
-            self._ready = [Granted(self, batch, i) for i in range(len(batch.slots))]
-            self._ready.reverse()
+            granted = [Granted(self, batch, i) for i in range(len(batch.slots))]
+            granted.reverse()
+            if batch.link.transfer.mapped:
+                self._ready = granted
+            else:
+                self._coming = self._groups(granted)
         return self._ready.pop()
+
+    def _groups(self, granted: list[Granted]) -> list[list[Granted]]:
+        """What is moved together: some MiB, so that the first is here soon."""
+        size = self.namespace.grid.region_bytes(self.region)
+        step = max(1, GROUP_BYTES // size)
+        ends = range(len(granted), 0, -step)
+        return [granted[max(0, end - step) : end] for end in reversed(ends)]
+
+    async def _moved(self, deadline: Deadline) -> list[Granted]:
+        """The next group, moved here; the one behind it is begun."""
+        if self._moving is None:
+            self._moving = asyncio.create_task(self._move(self._coming.pop()))
+        async with self.namespace.within(deadline, "read"):
+            ready = await asyncio.shield(self._moving)
+        self._moving = None
+        if self._coming:
+            self._moving = asyncio.create_task(self._move(self._coming.pop()))
+        return ready
+
+    async def _move(self, group: list[Granted]) -> list[Granted]:
+        """Blocks that did not arrive are handed out too: `verify` says so."""
+        batch = group[0].batch
+        slots = [granted.slot for granted in group]
+        work = Reading(self.namespace.grid, self.region, slots, None, hold=batch.lease)
+        work.targets = [granted.local() for granted in group]
+        try:
+            await batch.link.transfer.get(work, self.namespace.copier)
+        except KVError:
+            return group
+        except BaseException:
+            for granted in group:
+                await granted.release()
+            raise
+        for granted, outcome in zip(group, work.outcomes.tolist(), strict=True):
+            granted.moved(Outcome(outcome))
+        return group
 
     async def next_batch(self, deadline: Deadline) -> Batch | None:
         """The next Grant as a whole; None at the end."""
@@ -237,7 +344,7 @@ class ReadStream:
             self._done = self._done or reply.done
             if reply.HasField("grant"):
                 assert self._link is not None
-                return Batch(reply.grant, self._link, self.namespace.leases)
+                return Batch(reply.grant, self._link, self.namespace.leases, last=reply.done)
         return None
 
     async def _read(self, deadline: Deadline) -> pb.AcquireReply:
@@ -271,6 +378,7 @@ class ReadStream:
                 window_bytes=self._window_bytes,
                 lease_ms=self._lease_ms,
                 inherit_lease=self._inherit_lease,
+                release=self.namespace.leases.take(link),
             ),
         )
 
@@ -359,14 +467,11 @@ class Pull:
                 if target.shape[2] < cell_bytes:
                     limit = f"cells of {cell_bytes} bytes ({slot.tokens} tokens) or more"
                     raise InvalidArgument.of(f"out[{first + index}]", target.shape, limit)
-            work = Reading(batch.link.arena, grid, region, batch.slots, targets)
-            layer_bytes = region.heads * grid.cell_bytes()
-            blocks = range(len(batch.slots))
-            pieces = self._namespace.copier.split(region.layers, layer_bytes, blocks)
-            await self._namespace.copier.run(work, pieces)
+            work = Reading(grid, region, batch.slots, targets, hold=batch.lease)
+            await batch.link.transfer.get(work, self._namespace.copier)
         finally:
             batch.release(len(batch.slots))
-        for i in blocks:
+        for i in range(len(batch.slots)):
             index = first + batch.indices[i]
             if work.outcomes[i] == Outcome.OK:
                 self._found[index] = True

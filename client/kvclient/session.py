@@ -1,11 +1,11 @@
 """A client's connection to the hub: one gRPC channel, one live session, and their renewal.
 
-A Link is one session with one server process: its ids, its limits, its arena. Everything that a
+A Link is one session with one server process: its ids, its limits, its transfer. Everything that a
 call was granted belongs to the Link it was granted under.
 
 Rules:
- 1. A Link that is lost stays lost. Reservations, leases and streams under it are Gone; its arena
-    is closed at once, so that no new view of it exists, and unmapped with its last view.
+ 1. A Link that is lost stays lost. Reservations, leases and streams under it are Gone; its transfer
+    is closed at once: no new view of an arena exists, and it is unmapped with its last view.
  2. One task renews: it beats the heart, notices a new epoch or an ended session, and says Hello
     again with pauses of 50 ms to 1 s. Calls never dial.
  3. A call that fails because its session ended is repeated once under the next Link, if nothing
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +29,6 @@ import grpc.aio
 
 from kvclient.errors import (
     TIMEOUTS,
-    DeadlineExceeded,
     Gone,
     InvalidArgument,
     KVError,
@@ -41,13 +40,13 @@ from kvclient.errors import (
 )
 from kvclient.results import Limits
 from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
-from kvclient.transfer.base import Arena
-from kvclient.transfer.shm import open_arena
+from kvclient.tls import Tls
+from kvclient.transfer import choose
+from kvclient.transfer.base import Transfer
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc as rpc
 
 PROTOCOL_VERSION = 1
-TRANSPORTS = ("shm",)  # what this client speaks, best first
 MESSAGE_BYTES_MAX = 64 << 20
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -78,13 +77,18 @@ class Options:
     read_only: bool = False
     join_token: bytes = b""
     rank: int = 0
+    connections: int = 2  # of the tcp transport
+    tls: Tls | None = None
 
     def check(self) -> Options:
         """InvalidArgument for what cannot be right."""
         if not isinstance(self.address, str) or not self.address:
             raise InvalidArgument.of("address", self.address, '"host:port"')
-        if self.transport not in ("auto", *TRANSPORTS):
-            raise InvalidArgument.of("transport", self.transport, f"auto or one of {TRANSPORTS}")
+        if self.transport not in ("auto", *choose.TRANSPORTS):
+            limit = f"auto or one of {choose.TRANSPORTS}"
+            raise InvalidArgument.of("transport", self.transport, limit)
+        if not 1 <= self.connections <= 16:
+            raise InvalidArgument.of("connections", self.connections, "from 1 to 16")
         if not 0 < self.deadline_s <= 86_400:
             raise InvalidArgument.of("deadline_s", self.deadline_s, "above 0, at most 86400")
         if self.join_token and len(self.join_token) != 16:
@@ -102,7 +106,7 @@ class Link:
     token: bytes
     epoch: int
     limits: Limits
-    arena: Arena
+    transfer: Transfer
     handles: dict[bytes, int] = field(default_factory=dict)  # namespace id -> handle
     lost: str | None = None
 
@@ -150,8 +154,15 @@ class Session:
     # ---- life ----------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Dial, say Hello, map the arena. Every error names the address and the reason."""
-        self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        """Dial, say Hello, open a transport. Every error names the address and the reason."""
+        tls = self.options.tls
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        else:
+            credentials = tls.credentials()
+            self._channel = grpc.aio.secure_channel(
+                self.address, credentials, options=[*_CHANNEL_OPTIONS, *tls.channel_options()]
+            )
         for stub in (rpc.CacheStub, rpc.AdminStub):
             self._stubs.update(vars(stub(self._channel)))
         try:
@@ -176,7 +187,7 @@ class Session:
         if link is not None and link.lost is None:
             self._lose(link, "closed")
             goodbye = pb.GoodbyeRequest(
-                session=link.session, client=link.client, drained=link.arena.drained
+                session=link.session, client=link.client, drained=link.transfer.drained
             )
             with suppress(KVError):
                 await self.rpc("Goodbye", goodbye, Deadline(min(1.0, self.options.deadline_s)))
@@ -287,7 +298,7 @@ class Session:
         if link.lost is not None:
             return
         link.lost = reason
-        link.arena.close()
+        link.transfer.close()
         if self._closed or link is not self._link:
             return
         self._log.warning("session with %s ended: %s", self.address, reason)
@@ -331,7 +342,7 @@ class Session:
             if self._beating:
                 self._log.warning("heartbeat unanswered: %s", error)
             self._beating = False
-            if not link.arena.alive():
+            if not link.transfer.alive():
                 self._lose(link, "the hub was restarted")
             return False
         self._beating = True
@@ -381,7 +392,7 @@ class Session:
                 f"this client {PROTOCOL_VERSION}"
             )
         try:
-            arena = await self._map(reply, deadline)
+            transfer = await choose.open_transfer(options, reply, deadline)
         except KVError:
             goodbye = pb.GoodbyeRequest(session=reply.session, client=reply.client, drained=True)
             with suppress(KVError):  # unheard, the session ends by its own clock
@@ -390,7 +401,7 @@ class Session:
         self._log.info(
             "connected to %s (kvserver %s, epoch %d): session %x, transport %s at %s",
             *(options.address, reply.server_version, reply.epoch, reply.session),
-            *(arena.transport, arena.address),
+            *(transfer.transport, transfer.address),
         )
         return Link(
             address=options.address,
@@ -399,37 +410,8 @@ class Session:
             token=reply.token,
             epoch=reply.epoch,
             limits=_limits(reply.limits),
-            arena=arena,
+            transfer=transfer,
         )
-
-    async def _map(self, reply: Message, deadline: Deadline) -> Arena:
-        """The arena by the best transport that both sides speak."""
-        offers = {offer.name: offer.address for offer in reply.transports}
-        path = offers.get("shm")
-        where = f"the hub at {self.address} offers {_listed(offers)}"
-        if path is None:
-            raise Unsupported(f"{where}; this client speaks {_listed(TRANSPORTS)}")
-        try:
-            arena = await asyncio.to_thread(
-                open_arena,
-                path,
-                session=reply.session,
-                client=reply.client,
-                token=reply.token,
-                read_only=self.options.read_only,
-                deadline_s=max(deadline.left(), 1e-3),
-            )
-        except Unsupported as error:
-            text = f"{where}; {error}. shm needs this process on the hub's host"
-            raise Unsupported(text) from error
-        except DeadlineExceeded as error:
-            raise DeadlineExceeded(f"{where}; {error}", field="deadline_s") from error
-        except KVError as error:
-            raise Unavailable(f"{where}; {error}") from error
-        if (arena.epoch, arena.arena_id) != (reply.epoch, reply.arena_id):
-            arena.close()
-            raise Unavailable(f"the hub at {self.address} was restarted during the handshake")
-        return arena
 
 
 def _limits(told: Message) -> Limits:
@@ -445,10 +427,6 @@ def _limits(told: Message) -> Limits:
         writers_per_block_max=told.writers_per_block_max,
         slot_bytes_max=told.slot_bytes_max,
     )
-
-
-def _listed(names: Sequence[str] | dict[str, str]) -> str:
-    return ", ".join(names) or "no transport"
 
 
 def _version() -> str:

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvclient.checks import Arrays, blocks_of, region_in
-from kvclient.copying import Checksums, Slot, Writing, cells_of
+from kvclient.copying import Checksums, Slot, Writing, as_arena, cells_of
 from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
 from kvclient.results import Bytes, CommitVerdict, PushVerdict, ReserveVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
+from kvproto.frames import PERMIT_BYTES
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -59,9 +60,13 @@ class Reservation:
         self.writable: list[int] = np.flatnonzero(self.verdicts == ReserveVerdict.WRITE).tolist()
         offsets = np.frombuffer(reply.offsets, "<u8")
         generations = np.frombuffer(reply.generations, "<u8")
+        permits = permits_of(reply.permits, count)
         self._slots = {
-            i: Slot(int(offsets[i]), int(generations[i]), tokens[i]) for i in self.writable
+            i: Slot(int(offsets[i]), int(generations[i]), tokens[i], permit=permits[i])
+            for i in self.writable
         }
+        self._local: dict[int, Bytes] = {}  # blocks that are filled here and then moved
+        self._drained = True
         self._id: int = reply.reservation
         self._namespace = namespace
         self._link = link
@@ -88,23 +93,39 @@ class Reservation:
     # ---- filling -------------------------------------------------------------------------
 
     def cells(self, index: int) -> Bytes:
-        """The cells of block `index`, writable, straight in the arena:
+        """The cells of block `index`, writable:
         uint8 [layers of the region, heads of the region, pages, page bytes].
 
-        The view stays valid memory for as long as it lives, but drop it once it is filled: while
-        a writable view exists after the session ended, the hub keeps its slots in quarantine.
+        Over shm they stand in the hub's arena, over other transports in memory of this process,
+        from where `commit` moves them. The view stays valid memory for as long as it lives, but
+        drop it once it is filled: while a writable view of the arena exists after the session
+        ended, the hub keeps its slots in quarantine, and other memory is used again.
         Gone when the session ended; InvalidArgument when `index` was not granted.
         """
         slot = self._slot(index)
-        if self._link.lost is not None or not self._link.arena.alive():
-            raise self._link.gone()
+        self._alive()
         grid = self._namespace.grid
-        whole = self._link.arena.writing(slot.offset, grid.payload_bytes(slot.tokens))
-        cells = cells_of(whole, grid, slot.tokens, self.region)
         pages = grid.pages_for(slot.tokens)
         shape = (self.region.layers, self.region.heads, pages, grid.page_bytes)
+        arena = as_arena(self._link.transfer)
+        if arena is None:
+            return self._buffer(index, slot).reshape(shape)
+        whole = arena.writing(slot.offset, grid.payload_bytes(slot.tokens))
+        cells = cells_of(whole, grid, slot.tokens, self.region)
         strides = (*cells.strides[:2], grid.page_bytes, 1)
         return np.lib.stride_tricks.as_strided(cells, shape, strides)
+
+    def _alive(self) -> None:
+        if self._link.lost is not None or not self._link.transfer.alive():
+            raise self._link.gone()
+
+    def _buffer(self, index: int, slot: Slot) -> Bytes:
+        """This process's memory for the region of block `index`."""
+        buffer = self._local.get(index)
+        if buffer is None:
+            size = self._namespace.grid.region_bytes(self.region, slot.tokens)
+            buffer = self._local[index] = self._namespace.buffers.take(size)
+        return buffer
 
     async def fill(
         self,
@@ -145,17 +166,18 @@ class Reservation:
         these cells with other bytes; theirs stay).
 
         `checksums` (uint64 [indices, cells of region], xxh3-64, layer-major) spares hashing what
-        stands in the arena. Raises Gone when the session ended since.
+        stands in an arena; what is moved is hashed anyway. Raises Gone when the session ended.
         """
         deadline = self._namespace.deadline(deadline_s)
         part = region_in(region, self._namespace.grid, self.region)
         chosen = self.writable if indices is None else list(indices)
         for index in chosen:
             self._slot(index)
-        if checksums is None:
+        if checksums is None or not self._link.transfer.mapped:
             work = await self._work(chosen, None, part, deadline)
         else:
             work = self._writing(chosen, None, part)
+        if checksums is not None:
             given = np.asarray(checksums, np.uint64)
             if given.size != work.sums.size or len(given) != len(chosen):
                 shape = (len(chosen), part.cells)
@@ -167,6 +189,7 @@ class Reservation:
         """Give back what was not committed; our copies into it have drained. Never raises for a
         hub that is away: what it does not hear, it finds out from the liveness lock or the expiry.
         """
+        self._give_back()
         if self._ended:
             return
         self._ended = True
@@ -181,7 +204,7 @@ class Reservation:
                         session=link.session,
                         client=link.client,
                         reservation=self._id,
-                        drained=True,
+                        drained=self._drained,
                     ),
                 )
             # What expired on the way is not aborted but quarantined, until it is fenced.
@@ -192,13 +215,20 @@ class Reservation:
         """Tell the hub that every copy into this reservation has drained, also when it expired:
         its slots may be used again. The number of slots that this freed. Ends the reservation.
         """
+        self._give_back()
         self._ended = True
         return await self._fence()
 
     # ---- inside --------------------------------------------------------------------------
 
+    def _give_back(self) -> None:
+        while self._local:
+            self._namespace.buffers.give_back(self._local.popitem()[1])
+
     async def _fence(self) -> int:
         link = self._link
+        if not self._drained:  # somebody writes on our behalf; the hub finds out by itself
+            return 0
         reply = await self._tell(
             "Fence",
             pb.FenceRequest(session=link.session, client=link.client, reservation=self._id),
@@ -228,11 +258,12 @@ class Reservation:
         self, indices: Sequence[int], sources: Sequence[Bytes] | None, region: Region
     ) -> Writing:
         return Writing(
-            self._link.arena,
             self._namespace.grid,
             region,
             [self._slots[i] for i in indices],
             sources,
+            hold=self._id,
+            granted=self.region,
         )
 
     async def _work(
@@ -242,16 +273,30 @@ class Reservation:
         region: Region,
         deadline: Deadline,
     ) -> Writing:
-        """Copy (or only hash, with no sources) in the copy threads."""
-        if self._link.lost is not None or not self._link.arena.alive():
-            raise self._link.gone()
+        """Move `sources`; without any, what was filled through `cells`."""
+        self._alive()
+        transfer = self._link.transfer
+        if sources is None and not transfer.mapped:
+            sources = [self._filled(index, region) for index in indices]
         work = self._writing(indices, sources, region)
-        grid, copier = self._namespace.grid, self._namespace.copier
-        layer_bytes = region.heads * grid.cell_bytes()
-        pieces = copier.split(region.layers, layer_bytes, range(len(indices)))
-        async with self._namespace.within(deadline, "copy"):
-            await copier.run(work, pieces)
+        try:
+            async with self._namespace.within(deadline, "copy"):
+                await transfer.put(work, self._namespace.copier)
+        finally:
+            self._drained = self._drained and work.drained
         return work
+
+    def _filled(self, index: int, region: Region) -> Bytes:
+        """The cells of `region` in the memory that `cells` gave out."""
+        own = self.region
+        buffer = self._local.get(index)
+        if buffer is None:
+            raise InvalidArgument.of("index", index, "a block that was filled through cells()")
+        block = buffer.reshape(own.layers, own.heads, -1)
+        return block[
+            region.layer_start - own.layer_start : region.layer_stop - own.layer_start,
+            region.head_start - own.head_start : region.head_stop - own.head_start,
+        ]
 
     async def _commit(
         self, indices: Sequence[int], region: Region, work: Writing, deadline: Deadline
@@ -276,6 +321,7 @@ class Reservation:
                 self._pending[index] &= ~mask
         if not any(self._pending.values()) and not self._lost:
             self._ended = True
+            self._give_back()
         return verdicts
 
     async def _send(
@@ -301,6 +347,15 @@ class Reservation:
         if len(verdicts) != len(indices):
             raise KVError(f"the hub answered {len(verdicts)} of {len(indices)} blocks")
         return verdicts
+
+
+def permits_of(packed: bytes, count: int) -> list[bytes]:
+    """One permit a block; empty ones where the hub gave none."""
+    if not packed:
+        return [b""] * count
+    if len(packed) != count * PERMIT_BYTES:
+        raise KVError(f"the hub sent {len(packed)} bytes of permits for {count} blocks")
+    return [packed[i : i + PERMIT_BYTES] for i in range(0, len(packed), PERMIT_BYTES)]
 
 
 def region_message(region: Region) -> pb.Region:

@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,13 @@ STALL_S = 1.0
 SUSPECTS_S = 1.0
 Result = TypeVar("Result")
 Checksums = npt.NDArray[np.uint64]
+
+
+class AcquireStep(NamedTuple):
+    """What a stream has to tell at once: a grant, its end, or both."""
+
+    granted: Granted | None
+    result: AcquireResult | None
 
 
 class Jobs(Protocol):
@@ -161,8 +168,9 @@ class Driver:
         finally:
             del self._checksums[event.ticket]
 
-    async def acquire(self, event: Acquire) -> AsyncGenerator[Granted | AcquireResult, None]:
-        """The stream of an Acquire; closing it early cancels it in the core.
+    async def acquire(self, event: Acquire) -> AsyncGenerator[AcquireStep, None]:
+        """The stream of an Acquire; closing it early cancels it in the core. An end that the core
+        told together with the last grant comes in one step with it.
 
         What waits in the queue is bounded by the blocks asked for, each is in it at most once.
         """
@@ -172,13 +180,19 @@ class Driver:
         self._streams[event.ticket] = queue
         try:
             self.tell(event)
+            ahead: Granted | AcquireResult | Exception | None = None
             while True:
-                item = await queue.get()
+                item = ahead if ahead is not None else await queue.get()
                 if isinstance(item, Exception):
                     raise item
-                yield item
                 if isinstance(item, AcquireResult):
+                    yield AcquireStep(None, item)
                     return
+                ahead = None if queue.empty() else queue.get_nowait()
+                if isinstance(ahead, AcquireResult):
+                    yield AcquireStep(item, ahead)
+                    return
+                yield AcquireStep(item, None)
         finally:
             if self._streams.pop(event.ticket, None) is not None:
                 self.tell(CancelAcquire(event.ticket))

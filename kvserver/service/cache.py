@@ -20,6 +20,7 @@ from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
+from kvserver.runtime.driver import AcquireStep
 from kvserver.runtime.node import Node
 from kvserver.runtime.sessions import TOKEN_BYTES, Session
 from kvserver.service import convert
@@ -251,22 +252,35 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             lease=self._seconds("lease_ms_max", request.lease_ms, zero_is_max=True),
             inherit=request.inherit_lease,
         )
+        released = self._released(session, "release", request.release)
+        if released.leases:
+            self._driver.tell(released)
         async with contextlib.aclosing(self._driver.acquire(event)) as stream:
-            async for item in stream:
-                if isinstance(item, instructions.AcquireResult):
-                    missing = convert.pack(item.missing, "<u4")
-                    yield pb.AcquireReply(missing=missing, done=True)
-                else:
-                    yield self._grant(item, spec.grid, event.region)
+            async for step in stream:
+                yield self._acquired(step, spec.grid, event.region)
 
-    def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.AcquireReply:
+    def _acquired(self, step: AcquireStep, grid: Grid, region: Region) -> pb.AcquireReply:
+        missing: list[int] = []
+        if step.granted is not None:
+            missing += step.granted.missing
+        if step.result is not None:
+            missing += step.result.missing
+        return pb.AcquireReply(
+            grant=self._grant(step.granted, grid, region) if step.granted else None,
+            missing=convert.pack(missing, "<u4"),
+            done=step.result is not None,
+        )
+
+    def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.Grant | None:
         blocks = item.blocks
+        if not blocks:
+            return None
         sizes = {tokens: grid.region_bytes(region, tokens) for tokens in {b.tokens for b in blocks}}
         self._node.bytes_granted += sum(sizes[b.tokens] for b in blocks)
         offsets, generations = convert.places_to([b.place for b in blocks])
         entries = self._driver.entries
         roots = (entries.root(b.place) if b.complete else 0 for b in blocks)
-        grant = pb.Grant(
+        return pb.Grant(
             lease=item.lease,
             indices=convert.pack((b.index for b in blocks), "<u4"),
             offsets=offsets,
@@ -276,18 +290,17 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             tiers=bytes(b.came_from for b in blocks),
             lease_ms=convert.milliseconds(item.lease_seconds),
         )
-        return pb.AcquireReply(
-            grant=grant if blocks else None, missing=convert.pack(item.missing, "<u4")
-        )
 
     @unary
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
         session = self._session(request.session)
-        leases = convert.numbers_from(
-            "leases", request.leases, "<u8", count_max=self._limits.keys_per_call_max
-        ).tolist()
-        event = events.Release(self._driver.ticket(), session.id, leases)
+        event = self._released(session, "leases", request.leases)
         return pb.ReleaseReply(released=await self._driver.ask(event, int))
+
+    def _released(self, session: Session, field: str, packed: bytes) -> events.Release:
+        limit = self._limits.keys_per_call_max
+        leases = convert.numbers_from(field, packed, "<u8", count_max=limit).tolist()
+        return events.Release(self._driver.ticket(), session.id, leases)
 
     @unary
     async def ReportCorrupt(

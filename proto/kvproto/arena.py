@@ -117,11 +117,11 @@ class ArenaReader:
         head = self.header
         # Memoryviews: reading one word of them takes a tenth of what NumPy takes, and `current` is
         # asked before every chunk of a copy.
-        self._epoch = memoryview(file[EPOCH_OFFSET : EPOCH_OFFSET + 8].view(np.uint64))
+        self._epoch = file[EPOCH_OFFSET : EPOCH_OFFSET + 8].view(np.uint64).data
         entries = head.data_bytes // UNIT
         table = file[head.table_offset : head.table_offset + entries * ENTRY_BYTES]
         words: Words = table.view(np.uint64).reshape(-1, RECORD_WORDS)
-        self._generations = memoryview(words[:, GENERATION_WORD])
+        self._generations = words[:, GENERATION_WORD].data
         self.data = file[head.data_offset : head.data_offset + head.data_bytes]
 
     def epoch(self) -> int:

@@ -332,7 +332,7 @@ async def test_a_flipped_bit_is_a_miss_and_the_block_is_dropped(
     await namespace.push(keys, blocks.payloads(keys))
     async with namespace.acquire(keys[1:2]) as stream:
         granted = await anext(stream)
-        offset = granted._slot.offset
+        offset = granted.slot.offset
         await granted.release()
     fd = os.open(hub.host_dir / "arena", os.O_RDWR)
     header = ArenaHeader.decode(os.pread(fd, 128, 0))

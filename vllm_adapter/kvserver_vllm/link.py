@@ -142,7 +142,7 @@ class HubLink:
                 "kvserver: hub %s, namespace %s, transport %s",
                 self.address,
                 opened.id.hex()[:16],
-                self._client.session.link.arena.transport,
+                self._client.session.link.transfer.transport,
             )
             for note in opened.near_misses:
                 logger.warning("kvserver: %s", note)

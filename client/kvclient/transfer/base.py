@@ -1,40 +1,75 @@
-"""The seam between the client and the ways bytes move: an arena that can be read and written.
+"""The seam between the client and the ways bytes move.
 
-An Arena belongs to one session with one server process (one epoch). Offsets and lengths are bytes
-of the arena's data area, as the server's grants name them.
+A Transfer belongs to one session with one server process (one epoch). It moves cells between the
+caller's memory and granted slots: `put` for a reservation's, `get` for a lease's. An Arena is a
+Transfer whose slots this process can see: it maps the memory they stand in.
+
+Offsets and lengths are bytes of the arena's data area, as the server's grants name them.
 
 Rules:
- 1. A view holds the mapping it comes from: it stays valid memory for as long as it lives, also
-    after `close`.
- 2. `close` gives no new views from then on. `drained` is true once no writable view is left:
-    from then on nothing in this process can write the arena.
- 3. `current` is asked before and after a copy; what is not current both times was not read, or
-    must not be written.
+ 1. `put` and `get` return when nothing of ours moves those bytes any more, also when they were
+    cancelled. What did not arrive is marked in the work, not raised; Unavailable and Unsupported
+    are raised only for a transfer that cannot move anything.
+ 2. `drained` is true when nothing that this process began can still write the arena. Where
+    somebody else writes it for us (a remote hub), only an answer of theirs says so.
+ 3. A view of an Arena holds the mapping it comes from: it stays valid memory for as long as it
+    lives, also after `close`. `close` gives no new views from then on.
+ 4. `current` of an Arena is asked before and after a copy; what is not current both times was not
+    read, or must not be written.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from kvclient.copying import Copier, Reading, Writing
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.uint64]
 
 
-class Arena(Protocol):
-    """A mapped arena. `transport` and `address` say how it is reached."""
+class Transfer(Protocol):
+    """`transport` and `address` say how the hub's memory is reached."""
 
     transport: str
     address: str
     arena_id: bytes
     epoch: int
-    data_bytes: int
+
+    @property
+    def mapped(self) -> bool:
+        """Whether this is an Arena."""
+        ...
 
     def alive(self) -> bool:
-        """Whether the server process that this arena was opened with still owns it."""
+        """False once the server process that this was opened with is known to be gone."""
         ...
+
+    async def put(self, work: Writing, copier: Copier) -> None:
+        """Move `work.sources` into its slots: fills `sums`, marks `stale`."""
+        ...
+
+    async def get(self, work: Reading, copier: Copier) -> None:
+        """Move slots into `work.targets`, checked: fills `outcomes`."""
+        ...
+
+    def close(self) -> None: ...
+
+    @property
+    def drained(self) -> bool: ...
+
+
+class Arena(Transfer, Protocol):
+    """A mapped arena."""
+
+    data_bytes: int
+
+    @property
+    def mapped(self) -> Literal[True]: ...
 
     def current(self, offset: int, generation: int) -> bool:
         """Whether the slot at `offset` still is what was granted as `generation`."""
@@ -47,8 +82,3 @@ class Arena(Protocol):
     def writing(self, offset: int, length: int) -> Bytes:
         """A writable view. Unsupported when the arena was opened for reading only."""
         ...
-
-    def close(self) -> None: ...
-
-    @property
-    def drained(self) -> bool: ...

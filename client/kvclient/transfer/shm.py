@@ -22,6 +22,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from kvclient.copying import Mapped
 from kvclient.errors import DeadlineExceeded, Gone, KVError, Unavailable, Unsupported
 from kvclient.transfer.base import Bytes
 from kvproto.arena import ArenaReader
@@ -68,7 +69,7 @@ def _leave_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-class ShmArena:
+class ShmArena(Mapped):
     """An Arena (`kvclient.transfer.base`) over the mapped file. Built by `open_arena`."""
 
     transport = "shm"

@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from kvclient.copying import Copier, Outcome, Piece, Reading, Slot, Writing, cells_of
+from kvclient.copying import (
+    Copier,
+    Mapped,
+    Outcome,
+    Piece,
+    Reading,
+    Slot,
+    Writing,
+    cells_of,
+    read_piece,
+    write_piece,
+)
 from kvclient.errors import Unavailable
 from kvclient.transfer.shm import ShmArena
 from kvproto.checksum import root_of
@@ -67,9 +78,9 @@ def test_writing_puts_a_region_and_its_checksums(region: Region, tokens: int, de
     slot = Slot(0, 1, tokens)
     cell = grid.cell_bytes(tokens)
     source = noise(region.layers, region.heads, cell if dense else cell + 40)
-    work = Writing(_Memory(data), grid, region, [slot], [source])
+    work = Writing(grid, region, [slot], [source])
     for piece in pieces(region.layers):
-        work(piece)
+        write_piece(_Memory(data), work, piece)
     assert not work.stale.any()
     wanted = np.zeros((grid.layers, grid.heads, cell), np.uint8)
     rows = slice(region.layer_start, region.layer_stop)
@@ -80,7 +91,7 @@ def test_writing_puts_a_region_and_its_checksums(region: Region, tokens: int, de
     assert work.sums.reshape(-1).tolist() == sums_of(source[:, :, :cell])
 
 
-class _Memory:
+class _Memory(Mapped):
     """An Arena over plain memory, whose slots are always current."""
 
     transport = "memory"
@@ -111,13 +122,13 @@ class _Memory:
 def test_read_back_what_was_written(served: ServedArena, arena: ShmArena, grid: Grid) -> None:
     slot = Slot(SLOT.offset, SLOT.generation, grid.block_tokens)
     source = noise(grid.layers, grid.heads, grid.cell_bytes())
-    work = Writing(arena, grid, grid.whole, [slot], [source])
-    work(Piece(0, 0, grid.layers))
+    work = Writing(grid, grid.whole, [slot], [source])
+    write_piece(arena, work, Piece(0, 0, grid.layers))
     assert work.sums.reshape(-1).tolist() == sums_of(source)
     whole = put(served, grid, slot, source)
     out = np.zeros_like(source)
-    reading = Reading(arena, grid, grid.whole, [whole], [out])
-    reading(Piece(0, 0, grid.layers))
+    reading = Reading(grid, grid.whole, [whole], [out])
+    read_piece(arena, reading, Piece(0, 0, grid.layers))
     assert reading.outcomes.tolist() == [Outcome.OK]
     assert np.array_equal(out, source)
 
@@ -131,8 +142,8 @@ def test_one_wrong_byte_is_corrupt(
     slot = put(served, GRID, SLOT, source)
     served.arena.slot(SLOT.offset, 1 << 16)[byte] ^= 1
     out = [np.zeros_like(source)] if copies else None
-    reading = Reading(arena, GRID, GRID.whole, [slot], out)
-    reading(Piece(0, 0, 6))
+    reading = Reading(GRID, GRID.whole, [slot], out)
+    read_piece(arena, reading, Piece(0, 0, 6))
     assert reading.outcomes.tolist() == [Outcome.CORRUPT]
 
 
@@ -144,8 +155,8 @@ def test_a_wrong_byte_outside_the_region_does_not_matter(
     served.arena.slot(SLOT.offset, 1)[0] ^= 1
     region = Region(1, 6, 0, 4)
     out = np.zeros((5, 4, 1024), np.uint8)
-    reading = Reading(arena, GRID, region, [slot], [out])
-    reading(Piece(0, 0, 5))
+    reading = Reading(GRID, region, [slot], [out])
+    read_piece(arena, reading, Piece(0, 0, 5))
     assert reading.outcomes.tolist() == [Outcome.OK]
     assert np.array_equal(out, source[1:])
 
@@ -156,16 +167,16 @@ def test_a_trailer_that_fits_wrong_bytes_fails_at_the_root(
     """Another block's bytes with that block's trailer: each cell fits, the whole does not."""
     slot = put(served, GRID, SLOT, noise(6, 4, 1024, seed=1))
     put(served, GRID, SLOT, noise(6, 4, 1024, seed=2))
-    reading = Reading(arena, GRID, GRID.whole, [slot], None)
-    reading(Piece(0, 0, 6))
+    reading = Reading(GRID, GRID.whole, [slot], None)
+    read_piece(arena, reading, Piece(0, 0, 6))
     assert reading.outcomes.tolist() == [Outcome.CORRUPT]
 
 
 def test_a_block_still_filling_has_no_root(served: ServedArena, arena: ShmArena) -> None:
     whole = put(served, GRID, SLOT, noise(6, 4, 1024))
     filling = Slot(whole.offset, whole.generation, whole.tokens, 0)
-    reading = Reading(arena, GRID, Region(0, 1, 0, 4), [filling], None)
-    reading(Piece(0, 0, 1))
+    reading = Reading(GRID, Region(0, 1, 0, 4), [filling], None)
+    read_piece(arena, reading, Piece(0, 0, 1))
     assert reading.outcomes.tolist() == [Outcome.OK]
 
 
@@ -179,8 +190,8 @@ def test_a_reused_slot_is_stale_even_if_its_bytes_are_wrong(
     if wrong:
         served.arena.slot(SLOT.offset, 1)[0] ^= 1
     out = np.zeros((6, 4, 1024), np.uint8)
-    reading = Reading(arena, GRID, GRID.whole, [slot], [out])
-    reading(Piece(0, 0, 6))
+    reading = Reading(GRID, GRID.whole, [slot], [out])
+    read_piece(arena, reading, Piece(0, 0, 6))
     assert reading.outcomes.tolist() == [Outcome.STALE]
 
 
@@ -201,8 +212,8 @@ def test_a_slot_that_changes_under_the_copy_is_stale(
 
     monkeypatch.setattr(ShmArena, "current", current)
     out = np.zeros((2, 2, 1_500_000), np.uint8)
-    reading = Reading(arena, LONG, LONG.whole, [slot], [out])
-    reading(Piece(0, 0, 2))
+    reading = Reading(LONG, LONG.whole, [slot], [out])
+    read_piece(arena, reading, Piece(0, 0, 2))
     assert calls == 14
     assert reading.outcomes.tolist() == [Outcome.STALE]
 
@@ -211,16 +222,16 @@ def test_nothing_is_written_into_a_slot_of_another_generation(
     served: ServedArena, arena: ShmArena
 ) -> None:
     served.arena.write_reserved(SLOT.offset, 1 << 20, SLOT.generation + 1, (2,))
-    work = Writing(arena, GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
-    work(Piece(0, 0, 6))
+    work = Writing(GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
+    write_piece(arena, work, Piece(0, 0, 6))
     assert work.stale.tolist() == [True]
     assert not served.arena.slot(SLOT.offset, 1 << 16).any()
 
 
 def test_nothing_is_written_after_an_epoch_change(served: ServedArena, arena: ShmArena) -> None:
     served.arena._header.step(0, 2, served.arena.epoch + 1, seed=0)
-    work = Writing(arena, GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
-    work(Piece(0, 0, 6))
+    work = Writing(GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
+    write_piece(arena, work, Piece(0, 0, 6))
     assert work.stale.tolist() == [True]
     assert not served.arena.slot(SLOT.offset, 1 << 16).any()
 
@@ -229,10 +240,10 @@ def test_a_closed_arena_makes_work_stale_and_raises_nothing(
     served: ServedArena, arena: ShmArena
 ) -> None:
     arena.close()
-    writing = Writing(arena, GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
-    writing(Piece(0, 0, 6))
-    reading = Reading(arena, GRID, GRID.whole, [SLOT], None)
-    reading(Piece(0, 0, 6))
+    writing = Writing(GRID, GRID.whole, [SLOT], [noise(6, 4, 1024)])
+    write_piece(arena, writing, Piece(0, 0, 6))
+    reading = Reading(GRID, GRID.whole, [SLOT], None)
+    read_piece(arena, reading, Piece(0, 0, 6))
     assert (writing.stale.tolist(), reading.outcomes.tolist()) == ([True], [Outcome.STALE])
 
 

@@ -98,12 +98,12 @@ async def test_no_transport_in_common_names_what_is_offered() -> None:
             client=1,
             token=bytes(16),
             protocol_version=1,
-            transports=[pb.TransportOffer(name="tcp", address="h:1")],
+            transports=[pb.TransportOffer(name="pigeon", address="h:1")],
         )
 
     error = await hello_through(offer)
     assert isinstance(error, errors.Unsupported)
-    assert "offers tcp; this client speaks shm" in str(error)
+    assert "offers pigeon; this client wants shm or tcp" in str(error)
 
 
 async def test_an_arena_of_another_host_is_unsupported() -> None:

@@ -155,12 +155,13 @@ async def test_a_refusal_is_raised_where_it_was_asked(rig: Rig) -> None:
 
 async def test_a_stream_grants_what_is_there_and_ends(rig: Rig) -> None:
     await rig.push()
-    items = [item async for item in rig.driver.acquire(rig.acquisition())]
-    granted = [b.index for item in items if isinstance(item, ins.Granted) for b in item.blocks]
-    assert granted == [0, 1, 2, 3]
-    assert isinstance(items[-1], ins.AcquireResult)
+    steps = [step async for step in rig.driver.acquire(rig.acquisition())]
+    grants = [step.granted for step in steps if step.granted is not None]
+    assert [b.index for granted in grants for b in granted.blocks] == [0, 1, 2, 3]
+    assert steps[-1].granted is not None, "the end comes with the last grant"
+    assert [step.result is not None for step in steps] == [*([False] * (len(steps) - 1)), True]
     assert rig.leases() > 0
-    leases = [item.lease for item in items if isinstance(item, ins.Granted)]
+    leases = [granted.lease for granted in grants]
     release = ev.Release(rig.driver.ticket(), SESSION, leases)
     assert await rig.driver.ask(release, int) == len(leases)
     assert rig.leases() == 0

@@ -1,0 +1,81 @@
+"""Which transport a session uses.
+
+`auto` takes the first of these that the hub offers and this process can open:
+
+    shm    this process sees the hub's socket: one host, and the hub trusts the tenant
+    nixl   only where it was asked for by name: it pays with RDMA or GPU memory, and says so itself
+    tcp    everywhere else
+
+Rule 1: a transport that was named is opened, or the connection fails.
+Rule 2: with `auto`, what was offered and could not be opened is told in the error of the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
+from kvclient.timing import Deadline
+from kvclient.transfer import shm, tcp
+from kvclient.transfer.base import Transfer
+
+if TYPE_CHECKING:
+    from kvclient.session import Options
+
+TRANSPORTS = ("shm", "tcp")  # what this client speaks, best first
+Message = Any
+
+
+async def open_transfer(options: Options, hello: Message, deadline: Deadline) -> Transfer:
+    """The Transfer of a session that was just opened. KVErrors name the hub and its offers."""
+    offers = {offer.name: offer for offer in hello.transports}
+    where = f"the hub at {options.address} offers {', '.join(offers) or 'no transport'}"
+    wanted = TRANSPORTS if options.transport == "auto" else (options.transport,)
+    usable = [name for name in wanted if name in offers]
+    if not usable:
+        raise Unsupported(f"{where}; this client wants {' or '.join(wanted)}")
+    failures: list[str] = []
+    for name in usable:
+        last = name == usable[-1]
+        try:
+            transfer = await _open(name, options, hello, offers[name], deadline)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{where}; {error}", field="deadline_s") from error
+        except KVError as error:
+            hint = ". shm needs this process on the hub's host" if name == "shm" else ""
+            failures.append(f"{name}: {error}{hint}")
+            if last:
+                kind = Unsupported if isinstance(error, Unsupported) else Unavailable
+                raise kind(f"{where}; {'; '.join(failures)}") from error
+            continue
+        if (transfer.epoch, transfer.arena_id) != (hello.epoch, hello.arena_id):
+            transfer.close()
+            raise Unavailable(f"the hub at {options.address} was restarted during the handshake")
+        return transfer
+    raise AssertionError("unreachable")
+
+
+async def _open(
+    name: str, options: Options, hello: Message, offer: Message, deadline: Deadline
+) -> Transfer:
+    left = max(deadline.left(), 1e-3)
+    if name == "shm":
+        return await asyncio.to_thread(
+            shm.open_arena,
+            offer.address,
+            session=hello.session,
+            client=hello.client,
+            token=hello.token,
+            read_only=options.read_only,
+            deadline_s=left,
+        )
+    return await tcp.open_tcp(
+        tcp.address_of(offer.address, options.address),
+        session=hello.session,
+        client=hello.client,
+        token=hello.token,
+        connections=options.connections,
+        tls=options.tls if offer.options.get("tls") else None,
+        deadline_s=left,
+    )
