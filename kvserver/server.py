@@ -30,6 +30,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import kvserver
+from kvproto import nixlib
 from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
@@ -48,6 +49,7 @@ from kvserver.runtime.copies import Copies
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
+from kvserver.runtime.moves import Moves
 from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.node import Node
 from kvserver.runtime.prefault import Prefault
@@ -64,6 +66,8 @@ from kvserver.tiers.liveness import Liveness
 from kvserver.tiers.lock import DirectoryLock
 from kvserver.tiers.names import NamespaceLog
 from kvserver.transfer.base import TransferError
+from kvserver.transfer.nixl import NixlAgent
+from kvserver.transfer.permits import Permits, new_secret
 from kvserver.transfer.shm import ShmServer
 
 SWITCH_INTERVAL_S = 1e-4  # lookups next to copying threads: DESIGN 5
@@ -308,6 +312,7 @@ class Server:
         await shm.start()
         self._parts.push_async_callback(shm.close)
         self._shm = shm
+        permits = Permits(new_secret())
         self.node = Node(
             self.driver,
             host=self.host,
@@ -315,10 +320,42 @@ class Server:
             shm=shm,
             liveness=self.liveness,
             namespaces=self.namespaces,
+            permits=permits,
             dropped=self._dropped,
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )
+        if self.settings.nixl_enabled:
+            await self._start_moves(permits)
+
+    async def _start_moves(self, permits: Permits) -> None:
+        """The agent is closed after the calls have ended and before the arena's lock goes."""
+        settings = self.settings
+        try:
+            nixlib.load()
+        except nixlib.NixlError as error:
+            raise StartError(f"nixl_enabled: {error}") from error
+        moves = Moves(
+            self.driver,
+            self.node.sessions,
+            host=self.host,
+            liveness=self.liveness,
+            permits=permits,
+            move_s_max=settings.nixl_move_ms / 1000,
+        )
+        self._parts.push_async_callback(moves.close)
+        await moves.start(
+            NixlAgent(
+                self.host.buffer,
+                backend=settings.nixl_backend,
+                params=dict(pair.split("=", 1) for pair in settings.nixl_params),
+                rebuild_s=settings.nixl_rebuild_ms / 1000,
+                rebuilt=moves.rebuilt,
+                report=self.incidents.report,
+                log=logs.get_logger("nixl"),
+            )
+        )
+        self.node.moves = moves
 
     def _authorise_shm(self, session: int, client: int, token: bytes) -> bool:
         if not self.node.sessions.authorise(session, client, token):
@@ -331,9 +368,13 @@ class Server:
 
     def _offers(self, session: Session) -> list[pb.TransportOffer]:
         assert self._shm is not None
-        if not self.settings.shm_allowed(session.tenant):
-            return []
-        return [pb.TransportOffer(name=self._shm.name, address=self._shm.address)]
+        offers = []
+        if self.settings.shm_allowed(session.tenant):
+            offers.append(pb.TransportOffer(name=self._shm.name, address=self._shm.address))
+        if self.node.moves is not None:
+            backend = {"backend": self.settings.nixl_backend}
+            offers.append(pb.TransportOffer(name="nixl", options=backend))
+        return offers
 
     def _start_metrics(self) -> str:
         loop = asyncio.get_running_loop()

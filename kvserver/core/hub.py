@@ -195,8 +195,10 @@ class Hub:
     def may_write(self, reservation: int, session: int, client: int) -> bool:
         """Whether this client holds that reservation now."""
         found = self._holds.reservations.get(reservation)
-        return found is not None and not found.pending and (
-            (found.session, found.client) == (session, client)
+        return (
+            found is not None
+            and not found.pending
+            and ((found.session, found.client) == (session, client))
         )
 
     def next_deadline(self) -> float | None:

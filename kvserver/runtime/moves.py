@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -103,7 +102,6 @@ class _Move:
     order: Order
     job: Job
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    answered: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -133,8 +131,6 @@ class Moves:
         liveness: Liveness,
         permits: Permits,
         move_s_max: float,
-        report: Callable[[str, BaseException], object],
-        log: logging.Logger,
     ) -> None:
         self._driver = driver
         self._sessions = sessions
@@ -142,8 +138,6 @@ class Moves:
         self._liveness = liveness
         self._permits = permits
         self.move_s_max = move_s_max
-        self._report = report
-        self._log = log
         self._agent: NixlAgent | None = None
         self._attached: dict[int, Attachment] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -305,7 +299,6 @@ class Moves:
             raise CoreError(ErrorKind.UNAVAILABLE, text, field="attach")
         terminal = move.over.is_set()
         self.moves_late += not terminal
-        move.answered = True
         for item in np.flatnonzero(statuses == Status.OK).tolist():
             ended = Ended(int(move.job.outcomes[item])) if terminal else Ended.FAILED
             statuses[item] = Status.OK if ended is Ended.OK else Status.STALE
@@ -336,9 +329,7 @@ class Moves:
             if not (inside.any(axis=1) & (item.pieces + piece > item.pieces)).all():
                 raise _invalid("addresses", "outside what the client attached")
 
-    def _admit(
-        self, session: Session, client: int, attachment: Attachment, order: Order
-    ) -> Bytes:
+    def _admit(self, session: Session, client: int, attachment: Attachment, order: Order) -> Bytes:
         """OK, STALE or DENIED for each item, before anything moves (rule 2)."""
         statuses = np.zeros(len(order.items), np.uint8)
         for at, item in enumerate(order.items):
@@ -349,13 +340,15 @@ class Moves:
                 self.items_denied += 1
             elif place.offset % UNIT or place.offset + used > self._host.data_bytes:
                 statuses[at] = Status.DENIED  # a permit of ours never says so
-            elif order.op is Op.WRITE and not self._may_write(session, client, place):
-                statuses[at] = Status.STALE
-            elif not self._current(order.op, place):
+            elif not self._granted(session, client, order.op, place):
                 statuses[at] = Status.STALE
         return statuses
 
-    def _may_write(self, session: Session, client: int, place: Place) -> bool:
+    def _granted(self, session: Session, client: int, op: Op, place: Place) -> bool:
+        if not self._current(op, place):
+            return False
+        if op is Op.READ:
+            return True
         if not self._driver.hub.may_write(place.hold, session.id, client):
             return False
         entry = self._host.read_entry(place.offset)
@@ -383,7 +376,11 @@ class Moves:
         posts = []
         if local:
             posts = cut(
-                *map(np.concatenate, (local, remote, lengths, whose)), device=attachment.device
+                np.concatenate(local),
+                np.concatenate(remote),
+                np.concatenate(lengths),
+                np.concatenate(whose),
+                device=attachment.device,
             )
 
         def ended(job: Job) -> None:  # on the agent's thread
@@ -516,7 +513,6 @@ def agent_prefix(session: int, client: int) -> str:
 
 def _invalid(field_name: str, text: str) -> CoreError:
     return CoreError(ErrorKind.INVALID, f"{field_name}: {text}", field=field_name)
-
 
 
 def _pieces(item: Item, region: Region) -> tuple[Numbers, Numbers, int]:

@@ -17,10 +17,12 @@ from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
+from kvserver.runtime.moves import Moves
 from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
+from kvserver.transfer.permits import Permits
 from kvserver.transfer.shm import ShmServer
 
 SWEEP_S = 2.0
@@ -39,12 +41,15 @@ class Node:
         shm: ShmServer,
         liveness: Liveness,
         namespaces: Namespaces,
+        permits: Permits,
         dropped: Mapping[str, int],
         report: Callable[[str, BaseException], object],
         log: logging.Logger,
     ) -> None:
         self.driver = driver
         self.sessions = Sessions()
+        self.permits = permits
+        self.moves: Moves | None = None  # where nixl is on offer
         self.epoch = host.epoch
         self.arena_id = host.arena_id
         self.draining = False
@@ -82,6 +87,7 @@ class Node:
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
             **self._dropped,
+            **(self.moves.counters() if self.moves else {}),
         }
 
     async def _sweep(self) -> None:
@@ -127,6 +133,8 @@ class Node:
     async def leave_session(self, session: Session, client: int, *, drained: bool) -> None:
         """One client leaves; with the last one the session ends."""
         ticket = self.driver.ticket()
+        if self.moves is not None:
+            drained = self.moves.drained(client, said=drained)
         left = events.CloseClient(ticket, session.id, client, drained=drained)
         await self.driver.ask(left, type(None))
         session.clients.discard(client)

@@ -29,6 +29,7 @@ class Session:
     clients: set[int] = field(default_factory=set)
     namespaces: dict[int, NamespaceSpec] = field(default_factory=dict)
     transports: set[str] = field(default_factory=set)
+    remote: set[int] = field(default_factory=set)  # clients whose bytes go through the hub
 
     def spec(self, handle: int) -> NamespaceSpec:
         spec = self.namespaces.get(handle)

@@ -8,13 +8,15 @@ Rule 2: handlers hold no state. Sessions are in `runtime.sessions`, all else is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import kvserver
+from kvproto import frames
 from kvproto.errors import FieldError
+from kvproto.frames import Op
 from kvproto.grid import Grid, Region
-from kvproto.namespace import TEXT_BYTES_MAX
+from kvproto.namespace import TEXT_BYTES_MAX, NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.core import events, instructions
@@ -24,13 +26,14 @@ from kvserver.runtime.driver import AcquireStep
 from kvserver.runtime.node import Node
 from kvserver.runtime.sessions import TOKEN_BYTES, Session
 from kvserver.service import convert
-from kvserver.service.calls import Servicer, streaming, unary
+from kvserver.service.calls import streaming, unary
+from kvserver.service.remote import RemoteCalls
 
 PROTOCOL_VERSION = 1
 Offers = Callable[[Session], list[pb.TransportOffer]]
 
 
-class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
+class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
     """`offers(session)` names the transports that a session may use."""
 
     def __init__(self, node: Node, *, limits: pb.Limits, offers: Offers, **base: Any) -> None:
@@ -191,6 +194,18 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             verdicts=bytes(result.verdicts),
             offsets=offsets,
             generations=generations,
+            permits=self._permits(
+                Op.WRITE,
+                session,
+                event.client,
+                (
+                    (place, self._cell_bytes(spec, tokens, at))
+                    for at, place in enumerate(result.places)
+                ),
+                result.reservation,
+                spec.grid,
+                event.region,
+            ),
         )
 
     @unary
@@ -218,7 +233,8 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         session = self._session(request.session)
         session.check_client(request.client)
         ticket = self._driver.ticket()
-        event = events.Abort(ticket, session.id, request.reservation, drained=request.drained)
+        drained = self._drained(request.client, said=request.drained)
+        event = events.Abort(ticket, session.id, request.reservation, drained=drained)
         await self._driver.ask(event, type(None))
         return pb.AbortReply()
 
@@ -226,6 +242,8 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
     async def Fence(self, request: pb.FenceRequest, context: Any) -> pb.FenceReply:
         session = self._session(request.session)
         session.check_client(request.client)
+        if not self._drained(request.client, said=True):
+            return pb.FenceReply()  # what runs for it lifts the fence itself, when it has ended
         event = events.Fence(self._driver.ticket(), session.id, request.reservation)
         return pb.FenceReply(slots_freed=await self._driver.ask(event, int))
 
@@ -257,21 +275,32 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             self._driver.tell(released)
         async with contextlib.aclosing(self._driver.acquire(event)) as stream:
             async for step in stream:
-                yield self._acquired(step, spec.grid, event.region)
+                yield self._acquired(step, session, request.client, spec.grid, event.region)
 
-    def _acquired(self, step: AcquireStep, grid: Grid, region: Region) -> pb.AcquireReply:
+    def _acquired(
+        self, step: AcquireStep, session: Session, client: int, grid: Grid, region: Region
+    ) -> pb.AcquireReply:
         missing: list[int] = []
         if step.granted is not None:
             missing += step.granted.missing
         if step.result is not None:
             missing += step.result.missing
         return pb.AcquireReply(
-            grant=self._grant(step.granted, grid, region) if step.granted else None,
+            grant=self._grant(step.granted, session, client, grid, region)
+            if step.granted
+            else None,
             missing=convert.pack(missing, "<u4"),
             done=step.result is not None,
         )
 
-    def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.Grant | None:
+    def _grant(
+        self,
+        item: instructions.Granted,
+        session: Session,
+        client: int,
+        grid: Grid,
+        region: Region,
+    ) -> pb.Grant | None:
         blocks = item.blocks
         if not blocks:
             return None
@@ -289,7 +318,56 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
             roots=convert.pack(roots, "<u8"),
             tiers=bytes(b.came_from for b in blocks),
             lease_ms=convert.milliseconds(item.lease_seconds),
+            permits=self._permits(
+                Op.READ,
+                session,
+                client,
+                ((b.place, grid.cell_bytes(b.tokens)) for b in blocks),
+                item.lease,
+                grid,
+                region,
+            ),
         )
+
+    def _permits(
+        self,
+        op: Op,
+        session: Session,
+        client: int,
+        places: Iterable[tuple[events.Place | None, int]],
+        hold: int,
+        grid: Grid,
+        region: Region,
+    ) -> bytes:
+        """A permit for each slot, where the hub moves this client's bytes."""
+        if client not in session.remote:
+            return b""
+        return self._node.permits.mint_all(
+            op,
+            client,
+            (
+                None
+                if place is None
+                else frames.Place(
+                    hold,
+                    place.offset,
+                    place.generation,
+                    cell_bytes,
+                    grid.layers,
+                    grid.heads,
+                    region,
+                )
+                for place, cell_bytes in places
+            ),
+        )
+
+    @staticmethod
+    def _cell_bytes(spec: NamespaceSpec, tokens: list[int], at: int) -> int:
+        return spec.grid.cell_bytes(tokens[at] if tokens else None)
+
+    def _drained(self, client: int, *, said: bool) -> bool:
+        moves = self._node.moves
+        return said if moves is None else moves.drained(client, said=said)
 
     @unary
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:

@@ -136,6 +136,4 @@ def order_from(request: pb.MoveRequest, limits: pb.Limits) -> Order:
         )
         for at in range(count)
     ]  # fmt: skip
-    return Order(
-        request.move, Op(request.op), region, items, checksums, request.deadline_ms / 1000
-    )
+    return Order(request.move, Op(request.op), region, items, checksums, request.deadline_ms / 1000)

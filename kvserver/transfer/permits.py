@@ -1,33 +1,51 @@
-"""Permits: what lets a transport trust a slot that a client names.
+"""Permits: what lets a data worker trust a request without asking the server.
 
-Reserve and Acquire give one for each slot; a client hands it back with every request that moves
-bytes. A permit vouches for the operation, the client, the hold, the slot and the granted region
-(`kvproto.frames.Place.sealed`), so a data worker needs no table of who may do what.
+A permit is a keyed BLAKE2b over everything that a grant says: the operation, the client, the
+reservation or lease, where the slot lies, its generation and geometry, and the region
+(`kvproto.frames.Place.sealed`). The service mints one for each block it grants to a client of a
+remote transport; whoever moves the bytes checks it, and needs no state of the server's for that.
 
-Rule 1: the secret is this process's alone: permits of an earlier server are worth nothing.
-Rule 2: a permit does not expire. That the slot still is what was granted is asked of the arena's
-directory, by generation, for each transfer.
+Rule 1: the secret is made anew by each server process and leaves it only towards its own workers.
+So a permit ends with the epoch at the latest; the slot's generation ends it earlier.
+Rule 2: permits are compared in constant time and never logged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from hashlib import blake2b
+import secrets
+from collections.abc import Iterable
 
 from kvproto.frames import PERMIT_BYTES, Op, Place
 
+SECRET_BYTES = 32
+
+
+def new_secret() -> bytes:
+    return secrets.token_bytes(SECRET_BYTES)
+
 
 class Permits:
+    """Mints and checks. From any thread."""
+
     def __init__(self, secret: bytes) -> None:
-        """`secret`: 16 to 64 random bytes."""
-        assert 16 <= len(secret) <= 64, len(secret)
-        self._secret = secret
+        assert len(secret) == SECRET_BYTES, len(secret)
+        self._keyed = hashlib.blake2b(digest_size=PERMIT_BYTES, key=secret)
 
     def mint(self, op: Op, client: int, place: Place) -> bytes:
-        """16 bytes; whatever permit `place` carries is not looked at."""
-        sealed = place.sealed(op, client)
-        return blake2b(sealed, digest_size=PERMIT_BYTES, key=self._secret).digest()
+        """16 bytes for `client` to do `op` at `place`; the place's own permit is not looked at."""
+        digest = self._keyed.copy()
+        digest.update(place.sealed(op, client))
+        return digest.digest()
+
+    def mint_all(self, op: Op, client: int, places: Iterable[Place | None]) -> bytes:
+        """One permit a place, packed; zeros where nothing was granted."""
+        nothing = bytes(PERMIT_BYTES)
+        return b"".join(
+            nothing if place is None else self.mint(op, client, place) for place in places
+        )
 
     def check(self, op: Op, client: int, place: Place) -> bool:
-        """Whether `place.permit` was minted for exactly this."""
+        """Whether `place.permit` was minted here for exactly this."""
         return hmac.compare_digest(self.mint(op, client, place), place.permit)

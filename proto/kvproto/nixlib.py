@@ -88,9 +88,8 @@ class Agent:
         """`progress` gives it a thread of its own, which a target of emulated transfers needs
         (UCX over tcp); it sleeps while nothing moves."""
         self._nixl = nixl = load()
-        self._failures = tuple(
-            getattr(nixl, kind) for kind in dir(nixl) if kind.endswith("Error")
-        ) + (RuntimeError, ValueError)
+        kinds = (getattr(nixl, name) for name in dir(nixl) if name.endswith("Error"))
+        self._failures = (*kinds, RuntimeError, ValueError)
         config = nixl.nixlAgentConfig()
         config.useProgThread = progress
         config.useListenThread = False
@@ -114,7 +113,9 @@ class Agent:
             descriptors = self._nixl.nixlRegDList(self._segments[memory], area)
             self._agent.registerMem(descriptors, self._backend)
         except self._failures as error:
-            raise NixlError(f"cannot register {length} bytes of {memory.value}: {error!r}") from error
+            raise NixlError(
+                f"cannot register {length} bytes of {memory.value}: {error!r}"
+            ) from error
 
     def metadata(self) -> bytes:
         """What a peer needs in order to reach the registered memory."""
@@ -178,7 +179,7 @@ class Agent:
             raise NixlError(f"cannot release a transfer: {error!r}") from error
 
     def close(self) -> None:
-        """Destroy the agent, and with it whatever it still moves. May only be followed by nothing."""
+        """Destroy the agent, and with it whatever it still moves. Nothing may follow."""
         self._agent = None
 
     def _state(self, status: Any) -> State:
