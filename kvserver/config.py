@@ -198,8 +198,8 @@ class Settings:
     )
     nixl_params: tuple[str, ...] = _option(
         (),
-        "parameters of the backend, name=value; UCX reads its environment (UCX_TLS, UCX_NET_DEVICES)"
-        " as well",
+        "parameters of the backend, name=value; UCX reads its environment (UCX_TLS,"
+        " UCX_NET_DEVICES) as well",
         _pairs,
         _NIXL,
     )
@@ -212,6 +212,34 @@ class Settings:
         " anew: the last resort against slots that stay in quarantine",
         _count(1, _MS_MAX),
         _NIXL,
+    )
+    tcp_listen: str = _option(
+        "127.0.0.1:50053",
+        "address of the tcp transport's data port, empty for none",
+        _optional_address,
+        _SERVING,
+    )
+    tcp_workers: int = _option(
+        1,
+        "processes that move the bytes of the tcp transport; 0: threads of the server",
+        _count(0, 64),
+        _SERVING,
+    )
+    tls_cert: str = _option(
+        "",
+        "PEM file of the server's certificate, for the gRPC and the tcp port; empty: no TLS",
+        _path,
+        _SERVING,
+    )
+    tls_key: str = _option(
+        "", "PEM file of that certificate's key; needed with tls_cert", _path, _SERVING
+    )
+    tls_client_ca: str = _option(
+        "",
+        "PEM file of the authority whose certificates clients must show on both ports; empty:"
+        " clients need none",
+        _path,
+        _SERVING,
     )
     data_threads: int = _option(
         2, "threads that copy between tiers and verify blocks", _count(1, 64), _SERVING
@@ -278,6 +306,15 @@ class Settings:
     rpcs_max: int = _option(
         1024, "calls that may run at once; more are refused", _count(1, 1 << 20), _LIMITS
     )
+    tcp_connections_max: int = _option(
+        256, "connections of the tcp transport; more are refused", _count(1, 1 << 16), _LIMITS
+    )
+    tcp_stall_ms: int = _option(
+        30_000,
+        "a tcp connection that makes no progress on a started frame for this long is closed",
+        _count(10, _MS_MAX),
+        _LIMITS,
+    )
     message_bytes_max: int = _option(
         64 << 20, "size of one gRPC message", _size(1 << 16, 1 << 30), _LIMITS
     )
@@ -308,6 +345,13 @@ class Settings:
                 self.nixl_rebuild_ms,
                 f"at least nixl_move_ms ({self.nixl_move_ms})",
             )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            missing = "tls_key" if self.tls_cert else "tls_cert"
+            raise ConfigError(missing, "", "a file: certificate and key are set together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_cert", "", "a file when tls_client_ca is set")
+        if self.tls_cert and self.tcp_listen and not self.tcp_workers:
+            raise ConfigError("tcp_workers", 0, "at least 1 with TLS, which needs a process")
         if self.heartbeat_ms * 2 > self.session_ttl_ms:
             raise ConfigError(
                 "heartbeat_ms",

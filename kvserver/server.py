@@ -34,12 +34,12 @@ from kvproto import nixlib
 from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
+from kvserver.bounds import hub_config, limits_of
 from kvserver.config import Settings
 from kvserver.core.events import (
     Tier,
     TierDown,
 )
-from kvserver.core.limits import HubConfig
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.journal.record import DiskRecord
 from kvserver.observe import logs
@@ -69,10 +69,10 @@ from kvserver.transfer.base import TransferError
 from kvserver.transfer.nixl import NixlAgent
 from kvserver.transfer.permits import Permits, new_secret
 from kvserver.transfer.shm import ShmServer
+from kvserver.transfer.tcp.endpoint import TcpEndpoint, Tls
 
 SWITCH_INTERVAL_S = 1e-4  # lookups next to copying threads: DESIGN 5
 SOCKET_NAME = "shm.sock"
-SPILL_COPIES_MAX = 32  # in flight: what may share one sync
 SCRAPE_S = 2.0  # a scrape of /metrics waits this long for the loop
 DRAIN_MS_MAX = 600_000  # of an Admin.Drain call
 CLOSE_S = 15.0
@@ -137,6 +137,7 @@ class Server:
         self.gate = Gate(settings.rpcs_max)
         self._health = health.aio.HealthServicer()
         self._shm: ShmServer | None = None
+        self._tcp: TcpEndpoint | None = None
 
     # ---- start -----------------------------------------------------------------------------
 
@@ -166,6 +167,7 @@ class Server:
             "ready",
             listen=self.address,
             metrics_listen=metrics_listen,
+            tcp_listen=self._tcp.address if self._tcp else "",
             host_dir=settings.host_dir,
             pid=os.getpid(),
             epoch=self.host.epoch,
@@ -189,12 +191,23 @@ class Server:
             maximum_concurrent_rpcs=4 * self.settings.rpcs_max + 64,
         )
         try:
-            port = server.add_insecure_port(self.settings.listen)
+            port = self._add_port(server)
         except RuntimeError:
             port = 0
         if port == 0:
             raise StartError(f"listen: {self.settings.listen} is in use or not an address of ours")
         return server, f"{self.settings.listen.rpartition(':')[0]}:{port}"
+
+    def _add_port(self, server: Any) -> int:
+        settings = self.settings
+        if not settings.tls_cert:
+            return int(server.add_insecure_port(settings.listen))
+        key, cert = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
+        clients = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
+        credentials = grpc.ssl_server_credentials(
+            [(key, cert)], root_certificates=clients, require_client_auth=clients is not None
+        )
+        return int(server.add_secure_port(settings.listen, credentials))
 
     def _open_host(self) -> None:
         settings = self.settings
@@ -240,7 +253,8 @@ class Server:
             self.config,
             host=self.host,
             fatal=self._fatal,
-            is_dead=self.liveness.is_dead,
+            is_dead=self._is_dead,
+            is_remote=lambda client: self.node.sessions.is_remote(client),
             log=logs.get_logger("driver"),
         )
         self.disk = None
@@ -312,23 +326,26 @@ class Server:
         await shm.start()
         self._parts.push_async_callback(shm.close)
         self._shm = shm
-        permits = Permits(new_secret())
+        secret = new_secret()
+        if self.settings.tcp_listen:
+            self._tcp = await self._start_tcp(secret)
         self.node = Node(
             self.driver,
             host=self.host,
             disk=self.disk,
             shm=shm,
+            permits=Permits(secret),
+            tcp=self._tcp,
             liveness=self.liveness,
             namespaces=self.namespaces,
-            permits=permits,
             dropped=self._dropped,
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )
         if self.settings.nixl_enabled:
-            await self._start_moves(permits)
+            await self._start_moves()
 
-    async def _start_moves(self, permits: Permits) -> None:
+    async def _start_moves(self) -> None:
         """The agent is closed after the calls have ended and before the arena's lock goes."""
         settings = self.settings
         try:
@@ -340,7 +357,7 @@ class Server:
             self.node.sessions,
             host=self.host,
             liveness=self.liveness,
-            permits=permits,
+            permits=self.node.permits,
             move_s_max=settings.nixl_move_ms / 1000,
         )
         self._parts.push_async_callback(moves.close)
@@ -356,6 +373,48 @@ class Server:
             )
         )
         self.node.moves = moves
+
+    async def _start_tcp(self, secret: bytes) -> TcpEndpoint:
+        settings = self.settings
+        tls = None
+        if settings.tls_cert:
+            tls = Tls(
+                cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca
+            )
+        tcp = TcpEndpoint(
+            settings.tcp_listen,
+            arena=self.host,
+            liveness=self.liveness,
+            authorise=self._authorise_tcp,
+            alive=lambda session, client: self.node.knows(session, client),
+            secret=secret,
+            workers=settings.tcp_workers,
+            connections_max=settings.tcp_connections_max,
+            stall_s=settings.tcp_stall_ms / 1000,
+            tls=tls,
+            log=logs.get_logger("tcp"),
+        )
+        self._parts.push_async_callback(tcp.close)
+        await tcp.start()
+        return tcp
+
+    def _is_dead(self, client: int) -> bool:
+        """Whether nothing can write for a client; our own hands let go of it when asked."""
+        moves = self.node.moves
+        idle = moves.idle(client) if moves is not None else None
+        if idle is not None:
+            return idle
+        if self._tcp is not None:
+            self._tcp.drop(client)
+        return self.liveness.is_dead(client)
+
+    def _authorise_tcp(self, session: int, client: int, token: bytes) -> bool:
+        if not self.node.sessions.authorise(session, client, token):
+            return False
+        found = self.node.sessions.get(session)
+        found.transports.add("tcp")
+        found.remote.add(client)
+        return True
 
     def _authorise_shm(self, session: int, client: int, token: bytes) -> bool:
         if not self.node.sessions.authorise(session, client, token):
@@ -374,6 +433,9 @@ class Server:
         if self.node.moves is not None:
             backend = {"backend": self.settings.nixl_backend}
             offers.append(pb.TransportOffer(name="nixl", options=backend))
+        if self._tcp is not None:
+            address, options = self._tcp.offer
+            offers.append(pb.TransportOffer(name=self._tcp.name, address=address, options=options))
         return offers
 
     def _start_metrics(self) -> str:
@@ -442,43 +504,3 @@ class Server:
         state = states.SERVING if serving else states.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, state)
-
-
-def hub_config(settings: Settings, *, host_bytes: int) -> HubConfig:
-    """The core's limits; `host_bytes` is the data area that the arena has."""
-    return HubConfig(
-        host_bytes=host_bytes,
-        disk_bytes=settings.disk_bytes,
-        device_bytes=settings.device_bytes,
-        session_ttl=settings.session_ttl_ms / 1000,
-        reservation_ttl_max=settings.reservation_ms_max / 1000,
-        lease_max=settings.lease_ms_max / 1000,
-        announce_ttl_max=settings.announce_ttl_ms_max / 1000,
-        wait_max=max(settings.wait_ms_max, 1) / 1000,
-        sessions_max=settings.sessions_max,
-        clients_per_session_max=settings.clients_per_session_max,
-        namespaces_max=settings.namespaces_max,
-        keys_per_call_max=settings.keys_per_call_max,
-        reservations_max=settings.reservations_max,
-        leases_max=settings.leases_max,
-        streams_max=settings.streams_max,
-        window_bytes_max=settings.window_bytes_max,
-        spill_lag_bytes_max=settings.spill_queue_bytes_max,
-        spill_copies_max=SPILL_COPIES_MAX,
-    )
-
-
-def limits_of(settings: Settings, config: HubConfig, *, slot_bytes_max: int) -> pb.Limits:
-    """What Hello tells a client."""
-    return pb.Limits(
-        keys_per_call_max=settings.keys_per_call_max,
-        reservation_ms_max=settings.reservation_ms_max,
-        lease_ms_max=settings.lease_ms_max,
-        wait_ms_max=settings.wait_ms_max,
-        window_bytes_max=settings.window_bytes_max,
-        heartbeat_ms=settings.heartbeat_ms,
-        session_ttl_ms=settings.session_ttl_ms,
-        announce_ttl_ms_max=settings.announce_ttl_ms_max,
-        writers_per_block_max=config.writers_per_block_max,
-        slot_bytes_max=slot_bytes_max,
-    )

@@ -305,6 +305,16 @@ class ClientDead:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientDrained:
+    """Nothing that this writer began can still write; it lives, and may begin anew.
+
+    A client of a remote transport: its writer is the server's, whose connections were dropped.
+    """
+
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobDone:
     """A Copy or Verify ended. `error` is empty when it succeeded.
 
@@ -407,6 +417,7 @@ class RestoreDone:
 Event = (
     OpenSession | JoinSession | Heartbeat | CloseClient | CloseSession | OpenNamespace | Lookup
     | Announce | Reserve | Commit | Abort | Fence | Acquire | CancelAcquire | Release
-    | ReportCorrupt | Evict | DropNamespace | Drain | ClientDead | JobDone | TierGrew | TierDown
-    | TierUp | Tick | Stalled | RestoreNamespace | RestoreBlocks | RestoreQuarantined | RestoreDone
+    | ReportCorrupt | Evict | DropNamespace | Drain | ClientDead | ClientDrained | JobDone
+    | TierGrew | TierDown | TierUp | Tick | Stalled
+    | RestoreNamespace | RestoreBlocks | RestoreQuarantined | RestoreDone
 )  # fmt: skip

@@ -86,6 +86,7 @@ class Hub:
             ev.DropNamespace: self._drop_namespace,
             ev.Drain: self._drain,
             ev.ClientDead: self._client_dead,
+            ev.ClientDrained: self._client_drained,
             ev.JobDone: self._jobs.done,
             ev.TierGrew: self._admin.tier_grew,
             ev.TierDown: self._admin.tier_down,
@@ -195,11 +196,15 @@ class Hub:
     def may_write(self, reservation: int, session: int, client: int) -> bool:
         """Whether this client holds that reservation now."""
         found = self._holds.reservations.get(reservation)
-        return (
-            found is not None
-            and not found.pending
-            and ((found.session, found.client) == (session, client))
-        )
+        mine = found is not None and (found.session, found.client) == (session, client)
+        return mine and found is not None and not found.pending
+
+    def offsets_of(self, reservation: int, indices: list[int]) -> set[int]:
+        """Where the host slots stand that these positions of a reservation still have to fill."""
+        found = self._holds.reservations.get(reservation)
+        blocks = {} if found is None else found.blocks
+        host = self._books.host
+        return {host.place(blocks[at].slot).offset for at in indices if at in blocks}
 
     def next_deadline(self) -> float | None:
         """When, on the caller's clock, something expires next."""
@@ -315,6 +320,9 @@ class Hub:
 
     def _client_dead(self, event: ev.ClientDead) -> None:
         self._sessions.client_dead(event.client)
+
+    def _client_drained(self, event: ev.ClientDrained) -> None:
+        self._sessions.client_drained(event.client)
 
     def _nothing(self, event: ev.Event) -> None:
         """Time has passed; what was due has expired already."""

@@ -86,7 +86,11 @@ class Sessions:
         if owner is not None:
             self.end_client(self._holds.sessions[owner], client, drained=True)
         else:
-            self._writing.lift(self._books.quarantine.lift_client(client))
+            self.client_drained(client)
+
+    def client_drained(self, client: int) -> None:
+        """Nothing that this writer began can still write; what it has reserved stays its own."""
+        self._writing.lift(self._books.quarantine.lift_client(client))
 
     # ---- namespaces
 

@@ -29,6 +29,7 @@ from kvserver.core.events import (
     Acquire,
     CancelAcquire,
     ClientDead,
+    ClientDrained,
     Commit,
     Event,
     Place,
@@ -81,7 +82,11 @@ class Jobs(Protocol):
 
 
 class Driver:
-    """See the module's rules. `fatal(error)` is expected not to return (tests let it)."""
+    """See the module's rules. `fatal(error)` is expected not to return (tests let it).
+
+    `is_dead(client)`: whether nothing can write for it now; `is_remote`: whether a living session's
+    client writes through a remote transport, and so may write again.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class Driver:
         host: HostArena,
         fatal: Callable[[Exception], None],
         is_dead: Callable[[int], bool],
+        is_remote: Callable[[int], bool] = lambda client: False,
         clock: Callable[[], float] = time.monotonic,
         log: logging.Logger,
     ) -> None:
@@ -98,6 +104,7 @@ class Driver:
         self._jobs: Jobs | None = None
         self._fatal = fatal
         self._is_dead = is_dead
+        self._is_remote = is_remote
         self._clock = clock
         self._log = log
         self._tickets = itertools.count(1)
@@ -263,7 +270,9 @@ class Driver:
                 self._log.warning("liveness_unknown", extra={"fields": {"reason": str(error)}})
                 return
             if dead:
-                self.tell(ClientDead(client))
+                # One that writes through the server's own hands may come back, with new ones.
+                remote = self._is_remote(client)
+                self.tell(ClientDrained(client) if remote else ClientDead(client))
 
     # ---- instructions --------------------------------------------------------------------
 

@@ -6,16 +6,16 @@ An Attachment is one client whose memory the agent can reach. It outlives its se
 as a transfer of it is not terminal.
 
 Rules:
- 1. From Attach on until nothing of the client runs any more the server itself holds the client's
-    liveness lock: no slot that it reserved leaves quarantine meanwhile. A client's word that its
-    copies have drained counts only when no transfer of it runs (`drained`).
+ 1. While a transfer of a client runs it is not `idle`: no slot that it reserved leaves quarantine,
+    its word that its copies have drained does not count, and what it would write is not committed.
+    The server holds the client's liveness lock meanwhile, so no other writer has its id.
  2. A slot is written only by the holder of a live reservation, while its directory entry is
     RESERVED, of the granted generation, and names the client. All of that is looked at on the
     loop's thread, where slots are freed, and again by the agent's thread before each post.
  3. Bytes that arrived are hashed before they are answered as OK: a reader's mismatch must mean
     that something happened to the arena.
  4. A Move that is not terminal at its deadline is answered without its fence, stopped, and kept
-    until it is. When it ends, the quarantine of its slots is lifted, if their reservation is over.
+    until it is. Until then the client is not idle, so its slots stay in quarantine.
  5. A move number is used once; `settle` also bars numbers that have not arrived yet.
 """
 
@@ -43,7 +43,6 @@ from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place, Status
 from kvproto.grid import Region
 from kvproto.nixlib import METADATA_BYTES_MAX, Memory, NixlError
-from kvserver.core import events
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.sessions import Session, Sessions
@@ -254,10 +253,25 @@ class Moves:
         if self._agent is not None:
             self._agent.detach(attachment.client)
 
-    def drained(self, client: int, *, said: bool) -> bool:
-        """Whether none of the client's copies runs: it says so, and no transfer of it does."""
+    def idle(self, client: int) -> bool | None:
+        """Whether no transfer of an attached client runs; None of one that has not attached."""
         found = self._attached.get(client)
-        return said and (found is None or not found.moves)
+        return None if found is None else not found.moves
+
+    def check_commit(
+        self, client: int, reservation: int, indices: list[int], region: Region
+    ) -> None:
+        """CoreError when a transfer into these cells still runs: they are not what was sent yet,
+        and a block that is complete may leave its slot to others."""
+        found = self._attached.get(client)
+        for move in found.moves.values() if found is not None else ():
+            order = move.order
+            if order.op is not Op.WRITE or not order.region.intersects(region):
+                continue
+            written = {item.place.offset for item in order.items}
+            if written & self._driver.hub.offsets_of(reservation, indices):
+                text = f"move {order.number} into these cells still runs"
+                raise CoreError(ErrorKind.CONFLICT, text, field="indices")
 
     async def _sweep(self) -> None:
         """Let go of attachments whose client is gone, once nothing of them runs."""
@@ -407,18 +421,6 @@ class Moves:
         """Nothing of this move runs any more."""
         del attachment.moves[move.order.number]
         move.over.set()
-        if move.order.op is Op.READ:
-            return
-        for hold in {item.place.hold for item in move.order.items}:
-            if any(
-                hold == item.place.hold
-                for other in attachment.moves.values()
-                for item in other.order.items
-            ):
-                continue
-            if not self._driver.hub.may_write(hold, attachment.session, attachment.client):
-                ticket = self._driver.ticket()
-                self._driver.tell(events.Fence(ticket, attachment.session, hold))
 
     async def _verify(self, order: Order, statuses: Bytes) -> None:
         """Hash what arrived (rule 3); CORRUPT where it is not what the client sent."""

@@ -24,6 +24,7 @@ from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.permits import Permits
 from kvserver.transfer.shm import ShmServer
+from kvserver.transfer.tcp.endpoint import TcpEndpoint
 
 SWEEP_S = 2.0
 NEAR_MISSES_MAX = 16  # told of one namespace
@@ -39,16 +40,16 @@ class Node:
         host: HostArena,
         disk: DiskTier | None,
         shm: ShmServer,
+        permits: Permits,
+        tcp: TcpEndpoint | None,
         liveness: Liveness,
         namespaces: Namespaces,
-        permits: Permits,
         dropped: Mapping[str, int],
         report: Callable[[str, BaseException], object],
         log: logging.Logger,
     ) -> None:
         self.driver = driver
         self.sessions = Sessions()
-        self.permits = permits
         self.moves: Moves | None = None  # where nixl is on offer
         self.epoch = host.epoch
         self.arena_id = host.arena_id
@@ -61,6 +62,8 @@ class Node:
         self._dropped = dropped  # counters of what the start could not restore
         self._disk = disk
         self._shm = shm
+        self._tcp = tcp
+        self.permits = permits  # what clients of a remote transport show for their grants
         self._report = report
         self._log = log
         self._sweeper: asyncio.Task[None] | None = None
@@ -86,6 +89,7 @@ class Node:
             "stalls": self.driver.stalls,
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
+            **(self._tcp.counters() if self._tcp else {}),
             **self._dropped,
             **(self.moves.counters() if self.moves else {}),
         }
@@ -113,6 +117,11 @@ class Node:
             self.driver.tell(events.ClientDead(client))
             self._liveness.forget(client)
 
+    def knows(self, session: int, client: int) -> bool:
+        """Whether the session lives and the client is one of it."""
+        found = self.sessions.find(session)
+        return found is not None and client in found.clients
+
     # ---- sessions --------------------------------------------------------------------------
 
     async def open_session(self, *, tenant: str, name: str, version: str) -> Session:
@@ -133,8 +142,6 @@ class Node:
     async def leave_session(self, session: Session, client: int, *, drained: bool) -> None:
         """One client leaves; with the last one the session ends."""
         ticket = self.driver.ticket()
-        if self.moves is not None:
-            drained = self.moves.drained(client, said=drained)
         left = events.CloseClient(ticket, session.id, client, drained=drained)
         await self.driver.ask(left, type(None))
         session.clients.discard(client)

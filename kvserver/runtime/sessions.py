@@ -29,7 +29,7 @@ class Session:
     clients: set[int] = field(default_factory=set)
     namespaces: dict[int, NamespaceSpec] = field(default_factory=dict)
     transports: set[str] = field(default_factory=set)
-    remote: set[int] = field(default_factory=set)  # clients whose bytes go through the hub
+    remote: set[int] = field(default_factory=set)  # clients that need permits: they map nothing
 
     def spec(self, handle: int) -> NamespaceSpec:
         spec = self.namespaces.get(handle)
@@ -89,6 +89,10 @@ class Sessions:
         if found is None:
             raise CoreError(ErrorKind.NOT_FOUND, "no session has this token", field="join_token")
         return found
+
+    def is_remote(self, client: int) -> bool:
+        """Whether a living session's client has attached by a remote transport."""
+        return any(client in session.remote for session in self._by_id.values())
 
     def authorise(self, session: int, client: int, token: bytes) -> bool:
         """Whether `token` proves that `client` belongs to `session`. From any thread."""

@@ -8,15 +8,16 @@ Rule 2: handlers hold no state. Sessions are in `runtime.sessions`, all else is 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import starmap
 from typing import Any
 
 import kvserver
 from kvproto import frames
 from kvproto.errors import FieldError
-from kvproto.frames import Op
 from kvproto.grid import Grid, Region
-from kvproto.namespace import TEXT_BYTES_MAX, NamespaceSpec
+from kvproto.namespace import TEXT_BYTES_MAX
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.core import events, instructions
@@ -95,8 +96,17 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
     async def Goodbye(self, request: pb.GoodbyeRequest, context: Any) -> pb.GoodbyeReply:
         session = self._session(request.session)
         client = session.check_client(request.client)
-        await self._node.leave_session(session, client, drained=request.drained)
+        drained = request.drained and self._own_hands(session, client)
+        await self._node.leave_session(session, client, drained=drained)
         return pb.GoodbyeReply()
+
+    def _own_hands(self, session: Session, client: int) -> bool:
+        """Whether a client's word counts that its copies have drained. Those of a remote transport
+        are the server's: they have when its data worker has let go, which the driver's poll sees,
+        or when no transfer of nixl runs, which is known here.
+        """
+        moves = self._node.moves
+        return client not in session.remote or bool(moves and moves.idle(client))
 
     def _session(self, session: int) -> Session:
         return self._node.sessions.get(session)
@@ -188,24 +198,20 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
         )
         result = await self._driver.ask(event, instructions.ReserveResult)
         offsets, generations = convert.places_to(result.places)
+        permits = b""
+        if event.client in session.remote and result.reservation:
+            sizes = tokens or [spec.block_tokens] * len(hashes)
+            granted = zip(result.places, sizes, strict=True)
+            permits = self._permits(
+                frames.Op.WRITE, event.client, result.reservation, spec.grid, event.region, granted
+            )
         return pb.ReserveReply(
+            permits=permits,
             reservation=result.reservation,
             ttl_ms=convert.milliseconds(result.ttl),
             verdicts=bytes(result.verdicts),
             offsets=offsets,
             generations=generations,
-            permits=self._permits(
-                Op.WRITE,
-                session,
-                event.client,
-                (
-                    (place, self._cell_bytes(spec, tokens, at))
-                    for at, place in enumerate(result.places)
-                ),
-                result.reservation,
-                spec.grid,
-                event.region,
-            ),
         )
 
     @unary
@@ -221,6 +227,8 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
         checksums = convert.numbers_from(
             "checksums", request.checksums, "<u8", count=len(indices) * region.cells
         ).reshape(len(indices), region.cells)
+        if self._node.moves is not None:
+            self._node.moves.check_commit(request.client, request.reservation, indices, region)
         event = events.Commit(
             self._driver.ticket(), session.id, request.reservation, indices, region
         )
@@ -231,9 +239,9 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
     @unary
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:
         session = self._session(request.session)
-        session.check_client(request.client)
+        client = session.check_client(request.client)
+        drained = request.drained and self._own_hands(session, client)
         ticket = self._driver.ticket()
-        drained = self._drained(request.client, said=request.drained)
         event = events.Abort(ticket, session.id, request.reservation, drained=drained)
         await self._driver.ask(event, type(None))
         return pb.AbortReply()
@@ -241,9 +249,8 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
     @unary
     async def Fence(self, request: pb.FenceRequest, context: Any) -> pb.FenceReply:
         session = self._session(request.session)
-        session.check_client(request.client)
-        if not self._drained(request.client, said=True):
-            return pb.FenceReply()  # what runs for it lifts the fence itself, when it has ended
+        if not self._own_hands(session, session.check_client(request.client)):
+            return pb.FenceReply()
         event = events.Fence(self._driver.ticket(), session.id, request.reservation)
         return pb.FenceReply(slots_freed=await self._driver.ask(event, int))
 
@@ -254,7 +261,7 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
         self, request: pb.AcquireRequest, context: Any
     ) -> AsyncIterator[pb.AcquireReply]:
         session = self._session(request.session)
-        session.check_client(request.client)
+        client = session.check_client(request.client)
         spec = session.spec(request.namespace)
         window_max = self._limits.window_bytes_max
         if request.window_bytes > window_max:
@@ -275,32 +282,27 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
             self._driver.tell(released)
         async with contextlib.aclosing(self._driver.acquire(event)) as stream:
             async for step in stream:
-                yield self._acquired(step, session, request.client, spec.grid, event.region)
+                reply = self._acquired(step, spec.grid, event.region)
+                if step.granted is not None and client in session.remote:
+                    leased = [(block.place, block.tokens) for block in step.granted.blocks]
+                    reply.grant.permits = self._permits(
+                        frames.Op.READ, client, step.granted.lease, spec.grid, event.region, leased
+                    )
+                yield reply
 
-    def _acquired(
-        self, step: AcquireStep, session: Session, client: int, grid: Grid, region: Region
-    ) -> pb.AcquireReply:
+    def _acquired(self, step: AcquireStep, grid: Grid, region: Region) -> pb.AcquireReply:
         missing: list[int] = []
         if step.granted is not None:
             missing += step.granted.missing
         if step.result is not None:
             missing += step.result.missing
         return pb.AcquireReply(
-            grant=self._grant(step.granted, session, client, grid, region)
-            if step.granted
-            else None,
+            grant=self._grant(step.granted, grid, region) if step.granted else None,
             missing=convert.pack(missing, "<u4"),
             done=step.result is not None,
         )
 
-    def _grant(
-        self,
-        item: instructions.Granted,
-        session: Session,
-        client: int,
-        grid: Grid,
-        region: Region,
-    ) -> pb.Grant | None:
+    def _grant(self, item: instructions.Granted, grid: Grid, region: Region) -> pb.Grant | None:
         blocks = item.blocks
         if not blocks:
             return None
@@ -318,56 +320,27 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
             roots=convert.pack(roots, "<u8"),
             tiers=bytes(b.came_from for b in blocks),
             lease_ms=convert.milliseconds(item.lease_seconds),
-            permits=self._permits(
-                Op.READ,
-                session,
-                client,
-                ((b.place, grid.cell_bytes(b.tokens)) for b in blocks),
-                item.lease,
-                grid,
-                region,
-            ),
         )
 
     def _permits(
         self,
-        op: Op,
-        session: Session,
+        op: frames.Op,
         client: int,
-        places: Iterable[tuple[events.Place | None, int]],
         hold: int,
         grid: Grid,
         region: Region,
+        granted: Iterable[tuple[events.Place | None, int]],
     ) -> bytes:
-        """A permit for each slot, where the hub moves this client's bytes."""
-        if client not in session.remote:
-            return b""
-        return self._node.permits.mint_all(
-            op,
-            client,
-            (
-                None
-                if place is None
-                else frames.Place(
-                    hold,
-                    place.offset,
-                    place.generation,
-                    cell_bytes,
-                    grid.layers,
-                    grid.heads,
-                    region,
-                )
-                for place, cell_bytes in places
-            ),
-        )
+        """A permit for each place and the tokens of its block, packed."""
+        cell_bytes = functools.cache(grid.cell_bytes)
 
-    @staticmethod
-    def _cell_bytes(spec: NamespaceSpec, tokens: list[int], at: int) -> int:
-        return spec.grid.cell_bytes(tokens[at] if tokens else None)
+        def sealed(place: events.Place | None, tokens: int) -> frames.Place | None:
+            if place is None:
+                return None
+            where = (hold, place.offset, place.generation, cell_bytes(tokens))
+            return frames.Place(*where, grid.layers, grid.heads, region)
 
-    def _drained(self, client: int, *, said: bool) -> bool:
-        moves = self._node.moves
-        return said if moves is None else moves.drained(client, said=said)
+        return self._node.permits.mint_all(op, client, starmap(sealed, granted))
 
     @unary
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:

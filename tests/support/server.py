@@ -51,6 +51,7 @@ class ServerProcess:
         self.options = {
             "listen": f"127.0.0.1:{free_port()}",
             "metrics_listen": f"127.0.0.1:{free_port()}",
+            "tcp_listen": "",  # a test that wants one asks for 127.0.0.1:0, and reads `ready`
             "host_bytes": "64MiB",
             **options,
         }
