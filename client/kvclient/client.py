@@ -34,6 +34,7 @@ from kvclient.handles import SyncReadStream, SyncReservation
 from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
+from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -100,6 +101,8 @@ class Client:
         join_token: bytes = b"",
         rank: int = 0,
         copy_threads: int = THREADS,
+        staging_bytes: int = STAGING_BYTES,
+        nixl_params: dict[str, str] | None = None,
     ) -> None:
         """A client that connects at its first use. Parameters: `AsyncClient.connect`."""
         self._options = Options(
@@ -111,6 +114,8 @@ class Client:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            staging_bytes=staging_bytes,
+            nixl_params=dict(nixl_params or {}),
         ).check()
         self._copy_threads = copy_threads
         self._lock = threading.Lock()
@@ -131,6 +136,8 @@ class Client:
         join_token: bytes = b"",
         rank: int = 0,
         copy_threads: int = THREADS,
+        staging_bytes: int = STAGING_BYTES,
+        nixl_params: dict[str, str] | None = None,
     ) -> Self:
         """A client that is connected. Parameters and errors: `AsyncClient.connect`."""
         client = cls(
@@ -143,6 +150,8 @@ class Client:
             join_token=join_token,
             rank=rank,
             copy_threads=copy_threads,
+            staging_bytes=staging_bytes,
+            nixl_params=nixl_params,
         )
         client.open()
         return client

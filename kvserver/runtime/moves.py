@@ -44,6 +44,7 @@ from kvproto.frames import Op, Place, Status
 from kvproto.grid import Region
 from kvproto.nixlib import METADATA_BYTES_MAX, Memory, NixlError
 from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.runtime import failpoints
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.entry import ReservedEntry
@@ -407,6 +408,7 @@ class Moves:
             posts=posts,
             outcomes=np.zeros(len(items), np.uint8),
             current=lambda at: self._current(order.op, items[at].place),
+            before_post=lambda: failpoints.hit("nixl.post"),
             ended=ended,
         )
         move = _Move(order, job)

@@ -95,6 +95,7 @@ class Job:
     outcomes: Bytes  # [items] Ended
     current: Callable[[int], bool]  # item -> its slot is what was granted
     ended: Callable[[Job], None]
+    before_post: Callable[[], None] = lambda: None  # a place for tests to wait at
     stopped: bool = False  # post no more of it
     _next: int = 0
     _running: int = 0
@@ -125,7 +126,7 @@ def cut(
 ) -> list[Post]:  # fmt: skip
     """Posts for pieces [n] of memory: `local[i]` and `remote[i]` are addresses, `items[i]` says
     whose piece it is. Longer pieces are cut."""
-    parts = np.maximum(1, -(-lengths // np.uint64(post_bytes))).astype(np.int64)
+    parts = ((lengths + np.uint64(post_bytes - 1)) // np.uint64(post_bytes)).astype(np.int64)
     if int(parts.max(initial=1)) > 1:
         which = np.repeat(np.arange(len(parts)), parts)
         nth = (np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)).astype(np.uint64)
@@ -180,6 +181,7 @@ class NixlAgent:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._over = False  # the thread has ended
         self._turn: deque[int] = deque()  # clients, the next first
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
         self._ready: Future[None] = Future()
@@ -235,8 +237,11 @@ class NixlAgent:
 
     def _order(self, command: Callable[[], None]) -> None:
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+            if not self._over:
+                self._commands.append(command)
+                self._wake.notify()
+                return
+        command()  # nobody else would: it finds no agent and no peer
 
     # ---- the thread ------------------------------------------------------------------------
 
@@ -244,6 +249,8 @@ class NixlAgent:
         try:
             self._build()
         except Exception as error:
+            with self._wake:
+                self._over = True
             self._ready.set_exception(TransferError(f"nixl: {error}"))
             return
         self._ready.set_result(None)
@@ -263,8 +270,8 @@ class NixlAgent:
                 if not moved and not self._commands:
                     self._wake.wait(self._pause())
         self._end_all()
-        self._agent = None
         with self._wake:
+            self._over = True
             commands = list(self._commands)
         for command in commands:
             command()
@@ -370,6 +377,7 @@ class NixlAgent:
                 job.outcomes[item] = job.outcomes[item] or Ended.FAILED
             self._end_if_over(job)
             return
+        job.before_post()
         assert self._agent is not None
         self.posts += 1
         try:

@@ -39,6 +39,7 @@ from kvproto.v1 import kvserver_pb2 as pb
 BACKEND = "UCX"
 MOVES_AHEAD = 3
 TAKE_S = 10.0
+ATTACH_S = 5.0
 SETTLE_S = 0.2
 SETTLE_LIMIT_S = 2.0
 REPLY_S = 1.0  # what a Move's answer may take beyond the move
@@ -78,6 +79,8 @@ class NixlTransfer:
         self._numbers = itertools.count(1)
         self._settling: asyncio.Task[None] | None = None
         self._closed = False
+        self._attached = 0
+        self._attaching = asyncio.Lock()
         self.bytes_out = 0
         self.bytes_in = 0
 
@@ -109,8 +112,16 @@ class NixlTransfer:
             ),
             deadline,
         )
+        self._attached += 1
         self._key = reply.key
         self._move_s = reply.move_ms_max / 1000
+
+    async def _attach_again(self, epoch: int) -> None:
+        """The hub has a new agent, which does not know us. Once for all moves that were told so."""
+        async with self._attaching:
+            if epoch == self._attached and not self._closed:
+                with suppress(KVError):
+                    await self.attach(Deadline(ATTACH_S))
 
     def close(self) -> None:
         self._closed = True
@@ -248,7 +259,13 @@ class NixlTransfer:
         return self._ring
 
     async def _move(self, request: Message) -> Message:
-        reply = await self._rpc("Move", request, Deadline(self._move_s + REPLY_S))
+        epoch = self._attached
+        try:
+            reply = await self._rpc("Move", request, Deadline(self._move_s + REPLY_S))
+        except Unavailable as error:
+            if error.field == "attach":
+                await self._attach_again(epoch)
+            raise
         if len(reply.statuses) * 8 != len(request.holds):
             raise KVError(f"the hub answered {len(reply.statuses)} of a move's slots")
         return reply
