@@ -227,6 +227,8 @@ class NixlAgent:
         future: Future[T] = Future()
 
         def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(what())
             except Exception as error:
