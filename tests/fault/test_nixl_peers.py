@@ -239,7 +239,9 @@ async def test_a_client_that_leaves_keeps_what_a_stopped_hub_may_still_write(
         assert rings.orphans.kept == [], "the next session to this hub settled them"
 
 
-async def test_a_hub_that_was_killed_writes_no_more(serve: Serve) -> None:
+async def test_a_hub_that_was_killed_writes_no_more(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its successor in the same directory is the proof."""
     server = small(serve, failpoints="nixl.post=sleep:5@1-3", session_ttl_ms=60_000)
     keys = await pushed(server, 1)
@@ -251,11 +253,21 @@ async def test_a_hub_that_was_killed_writes_no_more(serve: Serve) -> None:
         server.kill()
         result = (await asyncio.gather(pull, return_exceptions=True))[0]
         assert isinstance(result, KVError) or not result.found.any()
-        await until(lambda: first._closed, "the client noticed")
-        assert len(rings.orphans.kept) == 1
+        assert first._ring is not None
+        assert first._ring.withheld, "nobody has said that the hub writes no more"
+        met: list[int] = []
+        kept = rings.Orphans.meet
+
+        def meet(self: rings.Orphans, arena_id: bytes, epoch: int) -> list[rings.Orphan]:
+            met.append(len(self.kept))
+            return kept(self, arena_id, epoch)
+
+        monkeypatch.setattr(rings.Orphans, "meet", meet)
         server.restart()
-        await until(lambda: client.healthy, "reconnected")
+        await until(lambda: client.healthy and client.epoch == 2, "reconnected")
+        assert met == [1], "the ring was kept until then"
         assert rings.orphans.kept == []
+        assert first._closed
         namespace = await client.open_namespace(BLOCKS.spec)
         out = BLOCKS.out(6)
         result = await namespace.pull(keys, out)
