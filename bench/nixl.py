@@ -6,7 +6,8 @@ Three ways, one after the other in each round, because the speed of a machine dr
 the median of the ratios to the bare transfer just before.
 
   bare   a second process with an agent of its own reads (push) or writes (pull) the client's
-         staging ring from memory of its own, POST_BYTES a post, one post behind the other
+         staging ring from memory of its own (of the arena's kind), POST_BYTES a post, one post behind
+         the other
   move   the same bytes by calls of Move: permits, slots, gRPC, and on a push the hub hashes what
          arrived; the staging is filled beforehand, nothing is committed
   whole  `push` and `pull` of the client: reserve, copy and hash into staging, Move, commit; or
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import mmap
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from kvclient import AsyncClient
 from kvclient.copying import Reading, Slot, Writing
 from kvclient.timing import Deadline
 from kvclient.transfer.nixl import NixlTransfer, _parts, _rooms
-from kvclient.transfer.ring import Ring
+from kvclient.transfer.ring import EXTENTS, Ring
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op
 from kvproto.nixlib import Agent, Memory, State
@@ -43,7 +45,11 @@ from tests.support.server import start_server
 def bare_process() -> None:
     """The initiator: METADATA BASE BYTES on the first line, then `read N` or `write N`."""
     metadata, base, size = sys.stdin.readline().split()
-    mine = np.zeros(int(size), np.uint8)
+    # The same kind of memory as the hub's arena: a file on tmpfs, without huge pages.
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(int(size))
+        mine = np.frombuffer(mmap.mmap(file.fileno(), int(size)), np.uint8)
+    mine[:] = 0
     agent = Agent("bare-hub", backend="UCX", params={}, progress=False)
     agent.register(int(mine.ctypes.data), mine.nbytes, Memory.DRAM)
     peer = agent.add_peer(bytes.fromhex(metadata))
@@ -102,7 +108,7 @@ async def moves(
     parts = list(_parts(work, ring.extent_bytes))
     requests = []
     for at, part in enumerate(parts):
-        extent = at % 16
+        extent = at % EXTENTS
         request = transfer._request(
             op, work, part, next(transfer._numbers), ring.address_of(extent)
         )

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +33,7 @@ import numpy as np
 from kvclient.errors import Unavailable
 from kvclient.transfer.base import Bytes
 
-EXTENTS = 16
+EXTENTS = 8
 STAGING_BYTES = 128 << 20
 STAGING_BYTES_MIN = 1 << 20
 STAGING_BYTES_MAX = 16 << 30
@@ -47,6 +48,8 @@ class Ring:
         self.extent_bytes = staging_bytes // EXTENTS // _ALIGN * _ALIGN
         memory = mmap.mmap(-1, self.extent_bytes * EXTENTS)
         memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would be another memory
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)  # what pins and copies goes by pages
         self.bytes: Bytes = np.frombuffer(memory, np.uint8)
         self._free = deque(range(EXTENTS))
         self._taken: set[int] = set()
