@@ -1,6 +1,6 @@
-"""`make bench`: first figures of a real kvserver with real clients, as JSON and as a table.
+"""`make bench`: figures of a real kvserver with real clients, as JSON and as a table.
 
-    python -m bench [--quick] [--only transfer|lookup|restart] [--out FILE]
+    python -m bench [--quick] [--only transfer|lookup|restart|tcp] [--out FILE]
 
 The whole run takes about six minutes and up to 12 GiB of memory on two cores; `--quick` takes
 half a minute and shows that everything works, its figures are no yardstick.
@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import control, machine, report, transfer
+from bench import control, machine, report, transfer, wire
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("transfer", "lookup", "restart")
+SECTIONS = ("transfer", "lookup", "restart", "tcp")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     if "restart" in sections:
         blocks = 2_000 if options.quick else 100_000
         result["restart"] = asdict(control.measure_restart(blocks=blocks, progress=progress))
+    if "tcp" in sections:
+        rounds, seconds = (3, 3.0) if options.quick else (15, 20.0)
+        wires, calls = wire.measure_tcp(rounds=rounds, seconds=seconds, progress=progress)
+        result["wire"] = [asdict(row) for row in wires]
+        result["control"] = [asdict(row) for row in calls]
     result["seconds"] = round(time.monotonic() - began, 1)
 
     out = options.out or _default_path(options.quick)
@@ -60,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="First figures of kvserver over shared memory."
+        prog="python -m bench", description="Figures of kvserver over shared memory and tcp."
     )
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: shows that it works, no yardstick"

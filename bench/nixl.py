@@ -6,8 +6,8 @@ Three ways, one after the other in each round, because the speed of a machine dr
 the median of the ratios to the bare transfer just before.
 
   bare   a second process with an agent of its own reads (push) or writes (pull) the client's
-         staging ring from memory of its own (of the arena's kind), POST_BYTES a post, one post behind
-         the other
+         staging ring from memory of its own (of the arena's kind), POST_BYTES a post, one
+         post behind the other
   move   the same bytes by calls of Move: permits, slots, gRPC, and on a push the hub hashes what
          arrived; the staging is filled beforehand, nothing is committed
   whole  `push` and `pull` of the client: reserve, copy and hash into staging, Move, commit; or

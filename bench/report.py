@@ -16,6 +16,8 @@ def table(result: dict[str, Any]) -> str:
         parts.append(_lookup(result["lookup"]))
     if "restart" in result:
         parts.append(_restart(result["restart"]))
+    if "wire" in result:
+        parts += [_wire(result["wire"]), _control(result["control"])]
     return "\n\n".join(parts)
 
 
@@ -101,3 +103,39 @@ def _restart(figure: dict[str, Any]) -> str:
     ]
     head = f"restart, {figure['restored_blocks']} blocks"
     return aligned((head, "s after SIGKILL", "step s"), rows)
+
+
+def _wire(rows: list[dict[str, Any]]) -> str:
+    return aligned(
+        ("over a wire", "bare GB/s", "GB/s", "ratio", "range", "floor", ""),
+        [
+            (
+                f"{row['transport']} {row['operation']}",
+                f"{row['bare_gb_s']:.2f}",
+                f"{row['speed_gb_s']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
+                f"{row['floor']:.2f}",
+                "pass" if row["floor_met"] else "MISS",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _control(rows: list[dict[str, Any]]) -> str:
+    return aligned(
+        ("under data load", "idle p50 ms", "p99", "loaded p50", "p99", "p99 ratio", "data GB/s"),
+        [
+            (
+                f"{row['call']}, {row['transport']}",
+                f"{row['idle_p50_ms']:.2f}",
+                f"{row['idle_p99_ms']:.2f}",
+                f"{row['loaded_p50_ms']:.2f}",
+                f"{row['loaded_p99_ms']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['data_gb_s']:.2f}",
+            )
+            for row in rows
+        ],
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
 
 Bytes = npt.NDArray[np.uint8]
 DEADLINE_SECONDS = 60.0
+BARE_BYTES = 128 << 20
+BARE_CALL_BYTES = 1 << 20
 _RETRY_SECONDS = 0.01
 
 
@@ -55,8 +58,13 @@ class Worker:
         self._client: Client | None = None
         self._known: list[bytes] = []
 
-    def connect(self, *, address: str, spec: bytes, sources: int, targets: int, seed: int) -> None:
-        """Open the namespace (`spec`: its canonical encoding) and make resident buffers."""
+    def connect(
+        self, *, address: str, spec: bytes, sources: int, targets: int, seed: int,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Open the namespace (`spec`: its canonical encoding) and make resident buffers.
+        `options` go to `Client.connect`.
+        """
         namespace = NamespaceSpec.decode(spec)
         grid = namespace.grid
         shape = (grid.layers, grid.heads, grid.cell_bytes())
@@ -73,7 +81,7 @@ class Worker:
         targets_whole[:] = 1
         self._targets: list[Bytes] = list(targets_whole)
         self._block_bytes = size
-        self._client = Client.connect(address, name="bench", deadline_s=DEADLINE_SECONDS)
+        self._client = Client.connect(address, name="bench", deadline_s=DEADLINE_SECONDS, **options)
         self._namespace = self._client.open_namespace(namespace)
 
     def close(self) -> None:
@@ -147,7 +155,58 @@ class Worker:
             if not np.array_equal(self._targets[targets[i]], expected):
                 raise WrongAnswer(f"block {blocks[i]}: pulled bytes differ from the pushed ones")
 
+    # ---- a bare socket, to compare with --------------------------------------------------------
+
+    def bare_listen(self) -> int:
+        """Wait for one connection, in the background; the port."""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def bare_open(self, *, port: int) -> None:
+        """Connect to `port`; 0 accepts what connected to `bare_listen`."""
+        if port:
+            self._bare = socket.create_connection(("127.0.0.1", port))
+        else:
+            with self._listener:
+                self._bare, _ = self._listener.accept()
+        self._bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._bare_memory = np.ones(BARE_BYTES, np.uint8)
+
+    def plan_bare(self, *, sends: bool) -> None:
+        """BARE_BYTES through the connection, BARE_CALL_BYTES a call."""
+        view, bare = self._bare_memory.data, self._bare
+
+        def job() -> Timing:
+            began = time.monotonic()
+            done = 0
+            while done < BARE_BYTES:
+                part = view[done : done + BARE_CALL_BYTES]
+                done += bare.send(part) if sends else bare.recv_into(part, 0, socket.MSG_WAITALL)
+            return Timing(began, time.monotonic())
+
+        self._job = job
+
     # ---- control plane -------------------------------------------------------------------------
+
+    def pace_lookups(
+        self, *, address: str, spec: bytes, keys: list[bytes], seconds: float, pause_s: float
+    ) -> tuple[list[float], list[float]]:
+        """`lookups` of keys that are not there, one pair each `pause_s`, for `seconds`."""
+        rounds, namespace = int(seconds / pause_s), NamespaceSpec.decode(spec)
+        return asyncio.run(_lookups(address, namespace, keys, rounds, pause_s, present=False))
+
+    def traffic(self, *, batch: int, seconds: float) -> int:
+        """Push and pull in turns for `seconds`; the bytes moved."""
+        end = time.monotonic() + seconds
+        moved = 0
+        while time.monotonic() < end:
+            sources = self._draw(len(self._sources), batch)
+            self._known = [os.urandom(32) for _ in range(batch)]
+            self._push(self._known, sources)
+            self._pull(list(range(batch)), self._draw(len(self._targets), batch))
+            moved += 2 * batch * self._block_bytes
+        return moved
 
     def lookups(
         self, *, address: str, spec: bytes, keys: list[bytes], rounds: int
@@ -206,7 +265,13 @@ def _timed(calls: list[Callable[[], None]]) -> Timing:
 
 
 async def _lookups(
-    address: str, spec: NamespaceSpec, keys: list[bytes], rounds: int
+    address: str,
+    spec: NamespaceSpec,
+    keys: list[bytes],
+    rounds: int,
+    pause_s: float = 0.0,
+    *,
+    present: bool = True,
 ) -> tuple[list[float], list[float]]:
     """Lookup through the client, Heartbeat through a bare stub: same loop, same transport."""
     looked_up: list[float] = []
@@ -222,12 +287,14 @@ async def _lookups(
         )
         beat = kvserver_pb2.HeartbeatRequest(session=hello.session, client=hello.client)
         for turn in range(rounds + 3):
+            if pause_s:
+                await asyncio.sleep(pause_s)
             began = time.monotonic()
             found = await namespace.lookup(keys)
             between = time.monotonic()
             await stub.Heartbeat(beat)
             ended = time.monotonic()
-            if found.usable_blocks != len(keys):
+            if found.usable_blocks != len(keys) * present:
                 raise WrongAnswer(f"lookup: {found.usable_blocks} of {len(keys)} usable")
             if turn >= 3:  # the first ones warm both paths up
                 looked_up.append(between - began)

@@ -260,7 +260,8 @@ def _evict(parsed: argparse.Namespace) -> int:
         _print_json(reply)
     else:
         size = config.format_bytes(reply.bytes)
-        print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}")
+        left = "" if parsed.drop or not reply.in_use else f"; {reply.in_use} in use stayed"
+        print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}{left}")
     return EXIT_OK
 
 

@@ -30,7 +30,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import kvserver
-from kvproto import nixlib
 from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
@@ -42,6 +41,7 @@ from kvserver.core.events import (
 )
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.journal.record import DiskRecord
+from kvserver.moving import open_moves
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
 from kvserver.runtime import failpoints, recovery
@@ -49,7 +49,6 @@ from kvserver.runtime.copies import Copies
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
-from kvserver.runtime.moves import Moves
 from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.node import Node
 from kvserver.runtime.prefault import Prefault
@@ -66,7 +65,6 @@ from kvserver.tiers.liveness import Liveness
 from kvserver.tiers.lock import DirectoryLock
 from kvserver.tiers.names import NamespaceLog
 from kvserver.transfer.base import TransferError
-from kvserver.transfer.nixl import NixlAgent
 from kvserver.transfer.permits import Permits, new_secret
 from kvserver.transfer.shm import ShmServer
 from kvserver.transfer.tcp.endpoint import TcpEndpoint, Tls
@@ -343,36 +341,15 @@ class Server:
             log=logs.get_logger("node"),
         )
         if self.settings.nixl_enabled:
-            await self._start_moves()
-
-    async def _start_moves(self) -> None:
-        """The agent is closed after the calls have ended and before the arena's lock goes."""
-        settings = self.settings
-        try:
-            nixlib.load()
-        except nixlib.NixlError as error:
-            raise StartError(f"nixl_enabled: {error}") from error
-        moves = Moves(
-            self.driver,
-            self.node.sessions,
-            host=self.host,
-            liveness=self.liveness,
-            permits=self.node.permits,
-            move_s_max=settings.nixl_move_ms / 1000,
-        )
-        self._parts.push_async_callback(moves.close)
-        await moves.start(
-            NixlAgent(
-                self.host.buffer,
-                backend=settings.nixl_backend,
-                params=dict(pair.split("=", 1) for pair in settings.nixl_params),
-                rebuild_s=settings.nixl_rebuild_ms / 1000,
-                rebuilt=moves.rebuilt,
+            # Closed after the calls have ended, and before the arena's lock goes.
+            self.node.moves = await open_moves(
+                settings=self.settings,
+                node=self.node,
+                host=self.host,
+                liveness=self.liveness,
+                parts=self._parts,
                 report=self.incidents.report,
-                log=logs.get_logger("nixl"),
             )
-        )
-        self.node.moves = moves
 
     async def _start_tcp(self, secret: bytes) -> TcpEndpoint:
         settings = self.settings

@@ -1,10 +1,12 @@
 """The client of kvserver: push and pull KV blocks by prefix hash.
 
 `Client` is synchronous and may be used from several threads; `AsyncClient` belongs to one event
-loop. Both open lazily enough to be created after forks. Errors are KVErrors; a pulled block is
-byte-exact or a miss.
+loop. A `Client` may be built before a fork and opened after it; a process forked from one in which
+a client was open has none (`kvclient.forks`). Errors are KVErrors; a pulled block is byte-exact or
+a miss.
 """
 
+from kvclient import forks  # first: it decides how gRPC is loaded
 from kvclient.aio import AsyncClient
 from kvclient.client import Client, Namespace
 from kvclient.errors import (
@@ -33,6 +35,7 @@ from kvclient.results import (
     ReserveVerdict,
     Tier,
 )
+from kvclient.tls import Tls
 from kvclient.writing import Reservation
 
 __all__ = [
@@ -63,6 +66,8 @@ __all__ = [
     "SyncReadStream",
     "SyncReservation",
     "Tier",
+    "Tls",
     "Unavailable",
     "Unsupported",
+    "forks",
 ]

@@ -6,7 +6,8 @@
         result = await ns.pull(hashes, out)      # byte-exact where result.found, a miss elsewhere
 
 Rules:
- 1. A client belongs to the process and the event loop that opened it. Open it after forks.
+ 1. A client belongs to the process and the event loop that opened it. Open it after forks: in the
+    child of a process that had opened one, `open` raises Unsupported (`kvclient.forks`).
  2. Every call ends within its deadline, with a result or a KVError.
  3. A lost hub costs calls (Unavailable, Gone), never the client: it reconnects by itself.
 """
@@ -18,6 +19,7 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
+from kvclient import forks
 from kvclient.checks import hash_list
 from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
@@ -27,6 +29,7 @@ from kvclient.results import Limits
 from kvclient.session import Link, Message, Options, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
+from kvclient.tls import Tls
 from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -79,6 +82,8 @@ class AsyncClient:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
@@ -88,12 +93,14 @@ class AsyncClient:
         name          shown in the hub's stats, at most 128 bytes
         tenant        default "": the default tenant
         deadline_s    deadline of each call that names none of its own, default 10
-        transport     "auto" (default), "shm", "tcp" or "nixl": how bytes move. shm needs the hub's
-                      host; nixl (RDMA) is taken only when it is named
+        transport     how bytes move: "auto" (default), "shm" (on the hub's host), "tcp", or "nixl"
+                      (RDMA), which is taken only when it is named
         read_only     maps the arena for reading only; default False
         join_token    `token` of a client whose session this one joins as a further rank: leases
                       of one rank's lookup then hold for all. Default: a session of its own
         rank          this rank's number, default 0
+        connections   of the tcp transport, default 2
+        tls           TLS towards the hub (`kvclient.Tls`); default None: plain
         copy_threads  threads for copies and checksums, default 2
         staging_bytes memory that nixl moves bytes through, default 128 MiB
         nixl_params   parameters of the NIXL backend, default none
@@ -110,12 +117,15 @@ class AsyncClient:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
             staging_bytes=staging_bytes,
             nixl_params=dict(nixl_params or {}),
         )
         return Connecting(cls(options, copy_threads=copy_threads))
 
     async def open(self) -> AsyncClient:
+        forks.check()
         await self.session.open()
         return self
 
@@ -147,7 +157,7 @@ class AsyncClient:
 
     @property
     def transport(self) -> str:
-        """The transport in use, "shm". Unavailable without a connection."""
+        """The transport in use, "shm" or "tcp". Unavailable without a connection."""
         return self.session.link.transfer.transport
 
     @property
@@ -195,7 +205,11 @@ class AsyncClient:
         *,
         deadline_s: float | None = None,
     ) -> pb.EvictReply:
-        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them."""
+        """Drop unleased blocks of ONE namespace from all tiers; without keys, all of them.
+
+        `in_use` of the reply counts the blocks that stayed because a reader holds a lease on them,
+        or a copy between tiers runs. What this client gave back before is free by then.
+        """
         keys = hash_list("hashes", hashes) if hashes else []
         await self.leases.settle()  # what this client gave back must not be in the way
         request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))

@@ -10,8 +10,8 @@ deadline. Safe to use from several threads at once.
 
 Rules:
  1. Nothing is opened before the first use: a Client may be built before a fork, and used after.
- 2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported;
-    build a new one there.
+ 2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported
+    before they touch gRPC, and so does opening another one there (`kvclient.forks`).
  3. No call outlives its deadline by more than GRACE_S, even if the loop's thread is starved.
 """
 
@@ -34,6 +34,7 @@ from kvclient.handles import SyncReadStream, SyncReservation
 from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
+from kvclient.tls import Tls
 from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
@@ -62,7 +63,7 @@ class _Runner:
         if os.getpid() != self._pid:
             raise Unsupported(
                 f"this client of {self._address} was opened in process {self._pid}: "
-                "open one after the fork"
+                "nothing of it works after the fork"
             )
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
@@ -100,6 +101,8 @@ class Client:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
@@ -114,6 +117,8 @@ class Client:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
             staging_bytes=staging_bytes,
             nixl_params=dict(nixl_params or {}),
         ).check()
@@ -135,6 +140,8 @@ class Client:
         read_only: bool = False,
         join_token: bytes = b"",
         rank: int = 0,
+        connections: int = 2,
+        tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
@@ -149,6 +156,8 @@ class Client:
             read_only=read_only,
             join_token=join_token,
             rank=rank,
+            connections=connections,
+            tls=tls,
             copy_threads=copy_threads,
             staging_bytes=staging_bytes,
             nixl_params=nixl_params,

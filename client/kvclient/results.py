@@ -6,7 +6,7 @@ in the order of the keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
@@ -90,11 +90,11 @@ class Lookup:
     lease_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PushResult:
     """Counts of blocks by what became of them, and the verdict of each (PushVerdict)."""
 
-    verdicts: Bytes = field(repr=False)
+    verdicts: Bytes
 
     def count(self, verdict: PushVerdict) -> int:
         return int(np.count_nonzero(self.verdicts == verdict))
@@ -123,9 +123,9 @@ class PushResult:
     def mismatched(self) -> int:
         return self.count(PushVerdict.MISMATCH)
 
-    def __str__(self) -> str:
-        parts = [f"{v.name.lower()} {self.count(v)}" for v in PushVerdict if self.count(v)]
-        return f"PushResult({', '.join(parts)})"
+    def __repr__(self) -> str:
+        parts = [f"{v.name.lower()}={self.count(v)}" for v in PushVerdict if self.count(v)]
+        return f"PushResult({', '.join(parts) or 'no blocks'})"
 
 
 @dataclass(frozen=True, slots=True)

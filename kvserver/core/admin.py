@@ -34,13 +34,17 @@ class Admin:
         blocks, handle = self._books.blocks, self._handle_of(event.namespace_id)
         index = blocks.index[handle]
         rows = [index.get(key, 0) for key in event.hashes] if event.hashes else list(index.values())
-        count = size = 0
-        for row in rows:
-            if row and blocks.state[row] == COMPLETE and not self._in_use(row):
-                count += 1
-                size += self._bytes_of(row)
-                self._books.leave(row, Action.DROP)
-        return Evicted(count, size)
+        count = size = in_use = 0
+        for row in dict.fromkeys(rows):
+            if not row or blocks.state[row] != COMPLETE:
+                continue
+            if self._in_use(row):
+                in_use += 1
+                continue
+            count += 1
+            size += self._bytes_of(row)
+            self._books.leave(row, Action.DROP)
+        return Evicted(count, size, in_use)
 
     def drop_namespace(self, event: DropNamespace) -> Evicted:
         books, blocks = self._books, self._books.blocks

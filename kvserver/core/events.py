@@ -7,8 +7,8 @@ among open requests; its outcome is an `Answer` with that ticket, now or in a la
 Rules:
  1. Every request is answered exactly once by an `Answer` or a `Refusal`. An Acquire gets any
     number of `Granted` before its Answer.
- 2. Directory instructions (`EntryReserved`, `EntryInvalid`, `CellsCommitted`) come before the
-    Answer that rests on them: the shell carries them out synchronously, in order.
+ 2. Directory instructions (`EntryReserved`, `EntryInvalid`, `CellsCommitted`, `CellsPresent`) come
+    before the Answer that rests on them: the shell carries them out synchronously, in order.
  3. A `Copy` or a `Verify` is answered by exactly one `JobDone`, however late: until then neither
     of its slots is reused. There is no other way to end a job.
  4. Times are seconds on the caller's monotonic clock, durations are seconds, sizes are bytes.
@@ -50,9 +50,7 @@ class ReserveVerdict(IntEnum):
 class CommitVerdict(IntEnum):
     OK = 0
     GONE = 1
-    MISMATCH = (
-        2  # given by the shell, which has the checksums; the core answers OK for PRESENT cells
-    )
+    MISMATCH = 2  # given by the shell, which has the checksums: see CellsPresent
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,10 @@ class OpenNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a group of layers needs of a prefix: 'every', 'last' (`blocks` many) or 'state'."""
+    """What a group of layers needs of a prefix: 'every', 'last' (`blocks` many) or 'state'.
+
+    With a `region`, a block that is still filling will do once these cells are committed.
+    """
 
     kind: str
     blocks: int = 0
@@ -182,7 +183,8 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Answer: CommitResult. For each block that is OK the core emits CellsCommitted first.
+    """Answer: CommitResult. For each block that is OK the core emits CellsCommitted first, or
+    CellsPresent where the cells had been committed before and still stand in the same slot.
 
     A durable block's Answer comes only after its disk copy is VALID (JobDone ok).
     """
@@ -271,7 +273,7 @@ class ReportCorrupt:
 class Evict:
     """Drops unleased blocks of one namespace from all tiers; empty `hashes`: all.
 
-    Answer: Evicted.
+    Answer: Evicted, which counts the leased ones as well: they stay.
     """
 
     ticket: int

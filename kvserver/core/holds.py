@@ -18,7 +18,7 @@ from kvproto.grid import Region
 from kvserver.core.blocks import ANNOUNCED, Action, Filling
 from kvserver.core.books import Books
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import Tier
+from kvserver.core.events import Place, Tier
 from kvserver.core.timers import Kind
 
 
@@ -35,6 +35,15 @@ class Session:
     namespaces: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A host slot as a writer left it; it is still so as long as the block has this place."""
+
+    row: int
+    slot: int
+    place: Place
+
+
 @dataclass(eq=False, slots=True)
 class Reservation:
     """A writer's right to fill cells. `blocks` maps the position in the Reserve call to a block;
@@ -49,7 +58,8 @@ class Reservation:
     count: int  # positions of the Reserve call
     pending: bool = True  # not answered yet
     blocks: dict[int, Filling] = field(default_factory=dict)
-    done: set[int] = field(default_factory=set)  # positions whose cells are all committed
+    # Positions that ended: where the cells were committed, None if the block was gone.
+    done: dict[int, Written | None] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)

@@ -48,6 +48,7 @@ class AcquireResult:
 class Evicted:
     blocks: int
     bytes: int
+    in_use: int = 0  # complete blocks that stayed: leased, or source or target of a copy
 
 
 # ---- instructions --------------------------------------------------------------------------
@@ -132,6 +133,21 @@ class CellsCommitted:
     complete: bool
 
 
+@dataclass(frozen=True, slots=True)
+class CellsPresent:
+    """A Commit named cells of a host slot that had been committed before.
+
+    Compare its checksums with those in the slot's trailer: where they differ, the verdict at
+    `index` of the Answer that follows is MISMATCH instead of OK. What stands there stays.
+    """
+
+    ticket: int
+    index: int
+    place: Place
+    region: Region
+    info: BlockInfo
+
+
 class JobKind(Enum):
     SPILL = "spill"  # host -> disk
     PROMOTE = "promote"  # disk -> host
@@ -164,5 +180,6 @@ class Verify:
 
 
 Instruction = (
-    Answer | Refusal | Granted | EntryReserved | EntryInvalid | CellsCommitted | Copy | Verify
-)
+    Answer | Refusal | Granted | EntryReserved | EntryInvalid | CellsCommitted | CellsPresent
+    | Copy | Verify
+)  # fmt: skip

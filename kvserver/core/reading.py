@@ -6,13 +6,15 @@ NumPy. It makes what it hits more recent and warmer, but renews nobody's lease.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
 from kvproto.errors import FieldError
-from kvserver.core.blocks import ABSENT, COMPLETE, bit
+from kvproto.grid import Region
+from kvserver.core.blocks import ABSENT, COMPLETE, FILLING, bit
 from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.events import Lookup, Need, Release
 from kvserver.core.fetches import Fetches, Start
@@ -25,6 +27,7 @@ from kvserver.core.verifies import Verifies
 _FASTEST = np.array([0] + [(bits & -bits).bit_length() for bits in range(1, 8)], dtype=np.uint8)
 _NEEDS = ("every", "last", "state")
 Rows = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 
 
 class Reading:
@@ -49,7 +52,8 @@ class Reading:
         states = blocks.state_view[rows]
         complete = here != 0
         states = np.where((states == COMPLETE) & ~complete, np.uint8(ABSENT), states)
-        usable = usable_prefix(complete, event.need)
+        have = [self._covered(namespace, rows, complete, need.region) for need in event.need]
+        usable = usable_prefix(complete, event.need, have)
         live = usable_prefix(states != ABSENT, event.need)
         missed = np.flatnonzero(~complete)
         hits = int(missed[0]) if missed.size else len(rows)
@@ -59,12 +63,25 @@ class Reading:
         if event.pin > 0 and usable:
             life = books.clamp("lease_max", event.pin)
             start = 0 if _needs_all(event.need) else usable - _last_needed(event.need, usable)
-            chosen = np.arange(start, usable)[complete[start:usable]]
+            held = np.logical_or.reduce([complete, *have])
+            chosen = np.arange(start, usable)[held[start:usable]]
             lease = self._pin(session, rows[chosen].tolist(), life)
         result = LookupResult(
             usable, live, states.tobytes(), _FASTEST[here].tobytes(), lease, life if lease else 0.0
         )
         books.answer(event.ticket, result)
+
+    def _covered(
+        self, namespace: Namespace, rows: Rows, complete: Mask, region: Region | None
+    ) -> Mask:
+        """Which blocks have every cell of a region: complete ones, and some that still fill."""
+        blocks = self._books.blocks
+        if region is None or not self._books.host.up:
+            return complete
+        mask, covered = namespace.mask(region), complete.copy()
+        for at in np.flatnonzero(blocks.state_view[rows] == FILLING).tolist():
+            covered[at] = not mask & ~blocks.fillings[int(rows[at])].committed
+        return covered
 
     def rows(self, namespace: Namespace, hashes: list[bytes]) -> Rows:
         """The blocks' rows; 0, which is ABSENT, where there is none."""
@@ -96,9 +113,10 @@ class Reading:
         lease = self._holds.grant(session, 0, [], 0, life)
         room, fetchable = config.pin_bytes_max, config.pin_promote_bytes_max
         for row in rows:
-            if not blocks.resident[row] & books.up_bits:
+            filling = row in blocks.fillings
+            if not filling and not blocks.resident[row] & books.up_bits:
                 continue  # evicted by a fetch that this very lease has started
-            if blocks.resident[row] & bit(HOST):
+            if filling or blocks.resident[row] & bit(HOST):
                 slot = blocks.slot[HOST][row]
                 room -= books.host.bytes_of(slot)
                 if room < 0:
@@ -143,28 +161,32 @@ class Reading:
         self.end_lease(ident)
 
 
-def usable_prefix(have: npt.NDArray[np.bool_], needs: tuple[Need, ...]) -> int:
+def usable_prefix(
+    complete: Mask, needs: tuple[Need, ...], have: Sequence[Mask] | None = None
+) -> int:
     """The longest N such that every group is satisfied by a prefix of N blocks.
 
-    'every' needs blocks 0..N-1, 'last' the last `blocks` of them, 'state' block N-1.
+    'every' needs blocks 0..N-1, 'last' the last `blocks` of them, 'state' block N-1. `have[i]` says
+    which blocks have the cells that needs[i] is about; without it, those that are complete.
     """
-    count = len(have)
+    count = len(complete)
     if not count:
         return 0
-    gaps = np.flatnonzero(~have)
-    whole = int(gaps[0]) if gaps.size else count
-    if _needs_all(needs) and len(needs) <= 1:
-        return whole
+    if not needs:
+        needs, have = (Need("every"),), None
     positions = np.arange(1, count + 1)
-    # The run of blocks that we have and that ends at each position.
-    last_gap = np.maximum.accumulate(np.where(have, 0, positions))
-    run = positions - last_gap
-    fits = have.copy()
-    for need in needs:
+    fits = np.ones(count, np.bool_)
+    for at, need in enumerate(needs):
+        mine = complete if have is None else have[at]
         if need.kind == "every":
-            fits &= positions <= whole
+            gaps = np.flatnonzero(~mine)
+            fits &= positions <= (int(gaps[0]) if gaps.size else count)
         elif need.kind == "last":
-            fits &= run >= np.minimum(need.blocks, positions)
+            # The run of blocks that we have and that ends at each position.
+            last_gap = np.maximum.accumulate(np.where(mine, 0, positions))
+            fits &= positions - last_gap >= np.minimum(need.blocks, positions)
+        else:
+            fits &= mine
     found = np.flatnonzero(fits)
     return int(found[-1]) + 1 if found.size else 0
 

@@ -18,8 +18,14 @@ from kvserver.core.blocks import COMPLETE, Action, Filling
 from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Commit, CommitVerdict, Place, Reserve, ReserveVerdict
-from kvserver.core.holds import Holds, Reservation
-from kvserver.core.instructions import CellsCommitted, CommitResult, EntryReserved, ReserveResult
+from kvserver.core.holds import Holds, Reservation, Written
+from kvserver.core.instructions import (
+    CellsCommitted,
+    CellsPresent,
+    CommitResult,
+    EntryReserved,
+    ReserveResult,
+)
 from kvserver.core.slots import SlotAction
 from kvserver.core.space import Retry, Space
 from kvserver.core.spills import Spills
@@ -313,7 +319,7 @@ class Writing:
         for position, at in enumerate(event.indices):
             filling = reservation.blocks.get(at)
             if filling is None:
-                verdicts.append(CommitVerdict.OK)  # again: the first commit stays
+                verdicts.append(self._commit_again(event, position, reservation.done[at]))
             elif filling.gone:
                 self._commit_gone(reservation, at, filling, mask)
                 verdicts.append(CommitVerdict.GONE)
@@ -321,6 +327,8 @@ class Writing:
                 verdicts.append(CommitVerdict.OK)
                 if mask & filling.parts[reservation.ident]:
                     self._commit_cells(event, position, reservation, filling, mask)
+                else:
+                    self._present(event, position, filling.row, filling.slot)
                 if filling.row not in self._books.blocks.fillings:
                     completed += 1
                     if filling.durable:
@@ -343,6 +351,11 @@ class Writing:
             if filling is None:
                 if at not in reservation.done:
                     raise invalid("indices", f"position {at} was not granted", reservation.count)
+                written = reservation.done[at]
+                if written is not None and self._stands(written):
+                    filling = self._books.blocks.fillings.get(written.row)
+                    if filling is not None and mask & ~filling.committed:
+                        raise invalid("region", "cells that nobody has committed", "")
             elif not filling.gone:
                 mine = mask & filling.parts[reservation.ident]
                 if mine != mask and (mine or mask & ~filling.committed):
@@ -354,9 +367,28 @@ class Writing:
         filling.parts[reservation.ident] = left
         if not left:
             del reservation.blocks[at], filling.parts[reservation.ident]
-            reservation.done.add(at)
+            reservation.done[at] = None
             if self._books.quarantine.lift(filling.slot, reservation.ident):
                 self._books.unhold(HOST, filling.slot)
+
+    def _commit_again(self, event: Commit, position: int, written: Written | None) -> CommitVerdict:
+        """The writer had come to the end of this position before."""
+        if written is None:
+            return CommitVerdict.GONE
+        if self._stands(written):
+            self._present(event, position, written.row, written.slot)
+        return CommitVerdict.OK  # the first commit stays
+
+    def _stands(self, written: Written) -> bool:
+        """The block still has the slot that the writer filled, and nobody had it in between."""
+        books = self._books
+        found = books.blocks.slot[HOST][written.row] == written.slot
+        return found and books.host.place(written.slot) == written.place
+
+    def _present(self, event: Commit, position: int, row: int, slot: int) -> None:
+        books = self._books
+        place, info = books.host.place(slot), books.info(row)
+        books.out.append(CellsPresent(event.ticket, position, place, event.region, info))
 
     def _commit_cells(
         self, event: Commit, position: int, reservation: Reservation, filling: Filling, mask: int
@@ -369,7 +401,8 @@ class Writing:
         if not filling.parts[ident]:
             at = event.indices[position]
             del filling.parts[ident], filling.writers[ident], reservation.blocks[at]
-            reservation.done.add(at)
+            place = books.host.place(filling.slot)
+            reservation.done[at] = Written(row, filling.slot, place)
         complete = filling.committed == namespace.grid.full_mask
         place = books.host.place(filling.slot)
         info = books.info(row)
@@ -436,7 +469,7 @@ class Writing:
             gone = [at for at, filling in reservation.blocks.items() if filling.gone]
             for at in gone:
                 del reservation.blocks[at].parts[ident], reservation.blocks[at]
-                reservation.done.add(at)
+                reservation.done[at] = None
             if not reservation.blocks and not reservation.pending:
                 self._holds.end_reservation(reservation, remember=False)
         return self.lift(self._books.quarantine.lift_reservation(ident))

@@ -31,6 +31,7 @@ from kvserver.core.events import (
     ClientDead,
     ClientDrained,
     Commit,
+    CommitVerdict,
     Event,
     Place,
     Reserve,
@@ -43,6 +44,7 @@ from kvserver.core.instructions import (
     AcquireResult,
     Answer,
     CellsCommitted,
+    CellsPresent,
     CommitResult,
     Copy,
     EntryInvalid,
@@ -111,6 +113,7 @@ class Driver:
         self._open: dict[int, asyncio.Future[Any]] = {}
         self._streams: dict[int, asyncio.Queue[Granted | AcquireResult | Exception]] = {}
         self._checksums: dict[int, Checksums] = {}
+        self._mismatches: dict[int, list[int]] = {}
         self._unheard: dict[int, Reserve] = {}
         self._posted: list[Event] = []
         self._posted_lock = threading.Lock()
@@ -118,6 +121,7 @@ class Driver:
         self._ticker: asyncio.Task[None] | None = None
         self._last = clock()
         self.stalls = 0
+        self.commit_mismatches = 0
 
     # ---- life ----------------------------------------------------------------------------
 
@@ -168,12 +172,19 @@ class Driver:
         return result
 
     async def commit(self, event: Commit, checksums: Checksums) -> CommitResult:
-        """A Commit with its checksums, shape [len(indices), cells of the region]."""
+        """A Commit with its checksums, shape [len(indices), cells of the region].
+
+        MISMATCH where cells had been committed before with other checksums; the first stay.
+        """
         self._checksums[event.ticket] = checksums
         try:
-            return await self.ask(event, CommitResult)
+            result = await self.ask(event, CommitResult)
         finally:
             del self._checksums[event.ticket]
+            mismatches = self._mismatches.pop(event.ticket, [])
+        for index in mismatches:
+            result.verdicts[index] = CommitVerdict.MISMATCH
+        return result
 
     async def acquire(self, event: Acquire) -> AsyncGenerator[AcquireStep, None]:
         """The stream of an Acquire; closing it early cancels it in the core. An end that the core
@@ -287,6 +298,10 @@ class Driver:
                     self._streams[ticket].put_nowait(instruction)
             case CellsCommitted(ticket=ticket, index=index):
                 self.entries.committed(instruction, self._checksums[ticket][index])
+            case CellsPresent(ticket=ticket, index=index):
+                if self.entries.differ(instruction, self._checksums[ticket][index]):
+                    self._mismatches.setdefault(ticket, []).append(index)
+                    self.commit_mismatches += 1
             case EntryReserved(place, clients):
                 self.entries.reserved(place, clients)
                 failpoints.hit("reserve.after_entry")

@@ -20,9 +20,7 @@ from kvserver.core.events import (
     Place,
     Tier,
 )
-from kvserver.core.instructions import (
-    CellsCommitted,
-)
+from kvserver.core.instructions import CellsCommitted, CellsPresent
 from kvserver.runtime import failpoints
 from kvserver.tiers.entry import ValidEntry
 from kvserver.tiers.host import HostArena
@@ -99,6 +97,15 @@ class HostEntries:
                 info.tokens,
                 root_of(trailer),
             )
+
+    def differ(self, instruction: CellsPresent, checksums: Checksums) -> bool:
+        """Whether a Commit's checksums are others than those of the cells that are there."""
+        place, info = instruction.place, instruction.info
+        layout = self._layout(info.namespace, instruction.region, info.tokens)
+        trailer = self._host.slot(place.offset + layout.trailer_offset, layout.trailer_bytes)
+        if layout.run is not None:
+            return not np.array_equal(trailer[layout.run], checksums.view(np.uint8))
+        return not np.array_equal(trailer.view("<u8")[layout.cells], checksums)
 
     def _layout(self, namespace: int, region: Region, tokens: int) -> _Layout:
         """Found once per region, for a Commit names thousands of blocks of the same one."""

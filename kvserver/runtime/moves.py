@@ -30,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from kvproto.arena import (
     GENERATION_WORD,
@@ -39,18 +38,18 @@ from kvproto.arena import (
     STATE_WORD,
     UNIT,
 )
-from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place, Status
 from kvproto.grid import Region
 from kvproto.nixlib import METADATA_BYTES_MAX, Memory, NixlError
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
 from kvserver.runtime.driver import Driver
+from kvserver.runtime.orders import Bytes, Moved, Numbers, Order
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
-from kvserver.transfer.nixl import Ended, Job, NixlAgent, cut
+from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
 KEY_BYTES = 16
@@ -61,40 +60,6 @@ BARRED_MAX = 65_536  # move numbers settled before they arrived
 SWEEP_S = 0.5
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
 ATTACH_S = 10.0
-
-Bytes = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A slot of a Move; `pieces` are the client's addresses of the region's pieces."""
-
-    place: Place
-    pieces: Numbers
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What one Move asks for. `checksums` [items, cells of the region] of a WRITE."""
-
-    number: int
-    op: Op
-    region: Region
-    items: Sequence[Item]
-    checksums: Numbers | None
-    deadline_s: float
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(self.region.cells * item.place.cell_bytes for item in self.items)
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    statuses: Bytes
-    trailers: bytes
-    terminal: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -381,22 +346,8 @@ class Moves:
         assert agent is not None
         assert loop is not None
         items = order.items
-        local, remote, lengths, whose = [], [], [], []
-        for at in np.flatnonzero(statuses == Status.OK).tolist():
-            ours, theirs, length = _pieces(items[at], order.region)
-            local.append(ours + np.uint64(agent.base))
-            remote.append(theirs)
-            lengths.append(np.full(len(ours), length, np.uint64))
-            whose.append(np.full(len(ours), at, np.int64))
-        posts = []
-        if local:
-            posts = cut(
-                np.concatenate(local),
-                np.concatenate(remote),
-                np.concatenate(lengths),
-                np.concatenate(whose),
-                device=attachment.device,
-            )
+        admitted = np.flatnonzero(statuses == Status.OK).tolist()
+        posts = order.posts(admitted, base=agent.base, device=attachment.device)
 
         def ended(job: Job) -> None:  # on the agent's thread
             loop.call_soon_threadsafe(self._over, attachment, move)
@@ -426,26 +377,12 @@ class Moves:
 
     async def _verify(self, order: Order, statuses: Bytes) -> None:
         """Hash what arrived (rule 3); CORRUPT where it is not what the client sent."""
-        assert order.checksums is not None
-        checksums = order.checksums
         good = [at for at in range(len(statuses)) if statuses[at] == Status.OK]
 
-        def hash_all() -> list[int]:
-            wrong = []
-            for at in good:
-                place = order.items[at].place
-                view = self._host.slot(place.offset, place.payload_bytes)
-                cells = view.reshape(place.layers, place.heads, place.cell_bytes)
-                region = order.region
-                part = cells[
-                    region.layer_start : region.layer_stop, region.head_start : region.head_stop
-                ]
-                if not np.array_equal(grid_checksums(part), checksums[at]):
-                    wrong.append(at)
-            return wrong
-
         assert self._loop is not None
-        for at in await self._loop.run_in_executor(self._hashing, hash_all):
+        for at in await self._loop.run_in_executor(
+            self._hashing, order.corrupt, self._host.slot, good
+        ):
             current = self._current(order.op, order.items[at].place)
             statuses[at] = Status.CORRUPT if current else Status.STALE
             self.items_corrupt += current
@@ -517,23 +454,3 @@ def agent_prefix(session: int, client: int) -> str:
 
 def _invalid(field_name: str, text: str) -> CoreError:
     return CoreError(ErrorKind.INVALID, f"{field_name}: {text}", field=field_name)
-
-
-def _pieces(item: Item, region: Region) -> tuple[Numbers, Numbers, int]:
-    """Offsets in the arena, addresses of the client, and bytes of each piece of an item."""
-    place, count = item.place, len(item.pieces)
-    total = region.cells * place.cell_bytes
-    dense = region.heads == place.heads or region.layers == 1
-    first = (region.layer_start * place.heads + region.head_start) * place.cell_bytes
-    if dense:
-        length = total // count
-        ours = np.arange(count, dtype=np.uint64) * np.uint64(length)
-        return ours + np.uint64(place.offset + first), item.pieces, length
-    count = max(count, region.layers)
-    length = total // count
-    nth = np.arange(count, dtype=np.uint64)
-    per_layer, per_piece = np.uint64(count // region.layers), np.uint64(count // len(item.pieces))
-    row = np.uint64(place.heads * place.cell_bytes)
-    ours = nth // per_layer * row + nth % per_layer * np.uint64(length)
-    theirs = item.pieces[(nth // per_piece).astype(np.intp)] + nth % per_piece * np.uint64(length)
-    return ours + np.uint64(place.offset + first), theirs, length

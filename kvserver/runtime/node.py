@@ -87,6 +87,7 @@ class Node:
             "bytes_disk_in": disk.bytes_written if disk else 0,
             "bytes_disk_out": disk.bytes_read if disk else 0,
             "stalls": self.driver.stalls,
+            "commit_mismatches": self.driver.commit_mismatches,
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
             **(self._tcp.counters() if self._tcp else {}),

@@ -45,7 +45,7 @@ class AdminService(Servicer, kvserver_pb2_grpc.AdminServicer):
             convert.hashes_from("hashes", request.hashes, count_max=self._keys_max),
         )
         evicted = await self._driver.ask(event, instructions.Evicted)
-        return pb.EvictReply(blocks=evicted.blocks, bytes=evicted.bytes)
+        return pb.EvictReply(blocks=evicted.blocks, bytes=evicted.bytes, in_use=evicted.in_use)
 
     @unary
     async def DropNamespace(

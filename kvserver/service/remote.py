@@ -15,8 +15,9 @@ from kvproto.grid import CELLS_MAX, HEADS_MAX, LAYERS_MAX
 from kvproto.nixlib import Memory
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.runtime.moves import KEY_BYTES, MOVE_BYTES_MAX, Item, Moves, Order
+from kvserver.runtime.moves import KEY_BYTES, MOVE_BYTES_MAX, Moves
 from kvserver.runtime.node import Node
+from kvserver.runtime.orders import Item, Order
 from kvserver.service import convert
 from kvserver.service.calls import Servicer, unary
 

@@ -9,20 +9,31 @@ import pytest
 
 from kvclient import AsyncClient
 from kvproto.v1 import kvserver_pb2 as pb
-from tests.support.server import ServerProcess, start_server
+from tests.support.server import ServerProcess
+from tests.support.ways import WAYS, Way
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def way(request: pytest.FixtureRequest) -> Way:
+    """Each transport in turn."""
+    way = WAYS[request.param]
+    if way.missing:
+        pytest.skip(way.missing)
+    return way
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def hub(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with 96 MiB of host memory and no disk, shared by a module's tests."""
-    server = start_server(tmp_path_factory.mktemp("hub"), host_bytes="96MiB")
+    server = way.serve(tmp_path_factory.mktemp("hub"), host_bytes="96MiB")
     yield server
     server.close()
 
 
 @pytest.fixture
-async def client(hub: ServerProcess) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient.connect(hub.address, name="contract") as client:
+async def client(way: Way, hub: ServerProcess) -> AsyncIterator[AsyncClient]:
+    async with way.client(hub, name="contract") as client:
+        assert client.transport == way.transport
         yield client
 
 

@@ -30,6 +30,7 @@ from kvproto.prefix import prefix_hashes
 from tests.contract.oracle import check_all, fresh
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess
+from tests.support.ways import Way
 
 
 def random_region(rng: np.random.Generator, grid: Grid) -> Region:
@@ -134,13 +135,13 @@ async def test_a_block_that_is_there_is_not_pushed_again(client: AsyncClient) ->
     await check_all(namespace, blocks, keys[:2])
 
 
-async def test_32_writers_of_one_chain(hub: ServerProcess, client: AsyncClient) -> None:
+async def test_32_writers_of_one_chain(way: Way, hub: ServerProcess, client: AsyncClient) -> None:
     blocks = fresh(layers=8)
     keys = blocks.chain(1, 3)
     payloads = blocks.payloads(keys)
 
     async def write(number: int) -> np.ndarray:
-        async with AsyncClient.connect(hub.address, name=f"writer-{number}") as writer:
+        async with way.client(hub, name=f"writer-{number}") as writer:
             namespace = await writer.open_namespace(blocks.spec)
             return (await namespace.push(keys, payloads)).verdicts
 
@@ -151,13 +152,13 @@ async def test_32_writers_of_one_chain(hub: ServerProcess, client: AsyncClient) 
     await check_all(await client.open_namespace(blocks.spec), blocks, keys)
 
 
-async def test_two_ranks_of_a_session_fill_one_block(hub: ServerProcess) -> None:
+async def test_two_ranks_of_a_session_fill_one_block(way: Way, hub: ServerProcess) -> None:
     blocks = fresh(layers=4, heads=4)
     keys = blocks.chain(1, 2)
     payloads = blocks.payloads(keys)
     async with (
-        AsyncClient.connect(hub.address, rank=0) as first,
-        AsyncClient.connect(hub.address, rank=1, join_token=first.token) as second,
+        way.client(hub, rank=0) as first,
+        way.client(hub, rank=1, join_token=first.token) as second,
     ):
         assert first.token == second.token
         halves = [Region(0, 4, 0, 2), Region(0, 4, 2, 4)]
@@ -181,9 +182,26 @@ async def test_two_ranks_of_a_session_fill_one_block(hub: ServerProcess) -> None
         await namespaces[0].release(pinned.lease)
 
 
-async def test_join_without_such_a_session_is_not_found(hub: ServerProcess) -> None:
+async def test_evict_tells_of_the_leased_blocks_that_stayed(client: AsyncClient) -> None:
+    """A lookup's pin outlives the lookup: an eviction that it stops must not look like one that
+    had nothing to do, nor a push after it like a failed one."""
+    blocks = fresh()
+    keys = blocks.chain(1, 4)
+    namespace = await client.open_namespace(blocks.spec)
+    assert repr(await namespace.push(keys, blocks.payloads(keys))) == "PushResult(written=4)"
+    lease = (await namespace.lookup(keys[:3], pin_s=5)).lease
+    reply = await client.evict(namespace.id, keys)
+    assert (reply.blocks, reply.in_use) == (1, 3)
+    pushed = await namespace.push(keys, blocks.payloads(keys))
+    assert repr(pushed) == "PushResult(written=1, present=3)"
+    await namespace.release(lease)  # an eviction of the same client comes after it
+    reply = await client.evict(namespace.id, keys)
+    assert (reply.blocks, reply.in_use) == (4, 0)
+
+
+async def test_join_without_such_a_session_is_not_found(way: Way, hub: ServerProcess) -> None:
     with pytest.raises(NotFound) as caught:
-        await AsyncClient.connect(hub.address, join_token=bytes(16))
+        await way.client(hub, join_token=bytes(16))
     assert caught.value.field == "join_token"
     assert hub.address in str(caught.value)
 
@@ -305,9 +323,14 @@ async def test_a_stream_whose_blocks_are_kept_ends_at_its_deadline(client: Async
 
 
 async def test_a_pull_overtaken_by_reuse_is_a_miss(
-    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+    way: Way, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slot changes hands while its last bytes are copied: right or not, they do not count."""
+    """The slot changes hands while its last bytes are copied: right or not, they do not count.
+
+    Over the others the hub looks, and says so: `test_transports`.
+    """
+    if way.name != "shm":
+        pytest.skip("only shm looks by itself")
     blocks = fresh()
     namespace = await client.open_namespace(blocks.spec)
     keys = blocks.chain(1, 2)
@@ -391,14 +414,15 @@ async def test_near_misses_answer_why_there_are_no_hits(client: AsyncClient) -> 
 
 
 async def test_the_first_log_line_names_transport_and_address(
-    hub: ServerProcess, caplog: pytest.LogCaptureFixture
+    way: Way, hub: ServerProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="kvclient"):
-        async with AsyncClient.connect(hub.address) as client:
-            assert client.transport == "shm"
+        async with way.client(hub) as client:
+            assert client.transport == way.transport
     (line,) = [r.getMessage() for r in caplog.records if "connected" in r.getMessage()]
     assert hub.address in line
-    assert f"transport shm at {hub.host_dir}" in line
+    where = hub.host_dir if way.name == "shm" else ""
+    assert f"transport {way.transport} at {where}" in line
 
 
 # ---- bad input -----------------------------------------------------------------------------------

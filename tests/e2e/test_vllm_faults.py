@@ -13,6 +13,7 @@ import pytest
 
 from kvclient import Client
 from kvproto.prefix import prefix_hashes
+from kvproto.v1 import kvserver_pb2 as pb
 from tests.support.engines import Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import answer_complaints, cells, the_spec, wait_for, wait_pushed
 from tests.support.server import ServerProcess, start_server
@@ -28,6 +29,7 @@ STOPPED_S = 20.0
 LOOKUP_MS = 500
 PIN_MS = 2000
 RESUME_S = 5.0
+LOAD_MS = 4000
 
 
 @dataclass
@@ -76,7 +78,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     try:
         server.kill()
         config = hub_config(
-            server.address, event_log=path / "log.jsonl", lookup_ms=LOOKUP_MS, pin_ms=PIN_MS
+            server.address,
+            event_log=path / "log.jsonl",
+            lookup_ms=LOOKUP_MS,
+            pin_ms=PIN_MS,
+            load_deadline_ms=LOAD_MS,
         )
         with Engine.start(model, config=config) as engine:
             engine.generate(prompt(99, 300), tokens=2)
@@ -185,7 +191,63 @@ def test_8_equal_prompts_at_once_load_once(world: World) -> None:
     assert world.pulled() == before + BLOCKS
 
 
-def test_9_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
+@pytest.mark.parametrize("lost", ["killed", "stopped"])
+def test_9_a_hub_lost_in_the_middle_of_a_pull(world: World, lost: str) -> None:
+    """Two blocks have arrived, the third is held up at the hub's disk: then the hub is lost."""
+    leave_on_disk_only(world, failpoints="promote.read=sleep:20@3")
+    before, events = world.pulled(), len(read_events(world.log))
+    world.forget()
+    call = world.engine.begin([PROMPT], tokens=TOKENS)
+    wait_for("two blocks of a pull", lambda: world.pulled() == before + 2, 15.0)
+    began = time.monotonic()
+    if lost == "killed":
+        world.server.kill()
+    else:
+        world.server.stop_signal()
+    try:
+        (got,) = world.engine.finish(call)
+        ended_s = time.monotonic() - began
+    finally:
+        if world.server.exit_code() is None:
+            world.server.kill()
+        world.server.restart()
+    assert answer_complaints(got, world.baseline) == []
+    assert ended_s < LOAD_MS / 1e3 + 3.0
+    fresh = read_events(world.log)[events:]
+    failed = [e["index"] for e in fresh if e["event"] == "failed_block"]
+    assert failed == list(range(2, BLOCKS)), "the pull was not in flight"
+    assert world.resumed_after(time.monotonic()) < RESUME_S
+
+
+def leave_on_disk_only(world: World, *, failpoints: str) -> None:
+    """Restart the hub with the prompt's blocks on its disk and an empty memory."""
+    server = world.server
+    disk = {"disk_bytes": "64MiB", "disk_path": str(server.tmp_path / "disk")}
+
+    def spilled() -> bool:
+        disks = [tier for tier in server.stats().tiers if tier.tier == pb.TIER_DISK]
+        return disks[0].slots_committed >= BLOCKS
+
+    server.terminate()
+    (server.host_dir / "arena").unlink()
+    server.restart(**disk)
+    wait_for("a hit", world.hit, 30.0)
+    wait_for("blocks on disk", spilled)
+    server.terminate()
+    (server.host_dir / "arena").unlink()
+    server.restart(failpoints=failpoints)
+    restarted = time.monotonic()
+
+    def answered() -> bool:
+        """The engine trusts the hub again: it was answered about a prompt that nobody knows."""
+        world.engine.generate(prompt(int(1e6 * time.monotonic()), 200), tokens=1)
+        looked = [e for e in read_events(world.log) if e["event"] == "lookup"]
+        return any(e["t"] > restarted and e["usable"] == 0 for e in looked)
+
+    wait_for("a lookup of the engine", answered)
+
+
+def test_a_after_a_reset_of_the_cache_nothing_old_is_used(world: World) -> None:
     world.forget(connector=True)
     before = world.pulled()
     assert answer_complaints(world.engine.generate(PROMPT, tokens=TOKENS), world.baseline) == []

@@ -37,6 +37,15 @@ PHASES = [Phase.generate] if os.environ.get("KVSERVER_MODEL_NOSHRINK") else list
 STEPS = int(os.environ.get("KVSERVER_MODEL_STEPS", "50"))
 
 
+NEEDS: list[tuple[ev.Need, ...]] = [
+    (),
+    (ev.Need("last", 2),),
+    (ev.Need("every"), ev.Need("state")),
+    (ev.Need("every", region=REGIONS[1]),),
+    (ev.Need("every", region=REGIONS[2]), ev.Need("last", 2, region=REGIONS[1])),
+]
+
+
 class HubMachine(WriterMachine):
     # ---- reading
 
@@ -89,7 +98,7 @@ class HubMachine(WriterMachine):
 
     @op(6,
         at=pick, ns=pick, span=spans, pin=st.sampled_from([0.0, 0.0, 5.0]),
-        need=st.sampled_from([(), (ev.Need("last", 2),), (ev.Need("every"), ev.Need("state"))]),
+        need=st.sampled_from(NEEDS),
     )  # fmt: skip
     def lookup(
         self, at: int, ns: int, span: tuple[int, int, int], pin: float, need: tuple[ev.Need, ...]
@@ -110,8 +119,18 @@ class HubMachine(WriterMachine):
             expected = self.model.state(name)
             possible = (ev.BlockState.ABSENT, ev.BlockState.COMPLETE)
             assert state is expected or (expected is None and state in possible), (name, state)
-        whole = [s is ev.BlockState.COMPLETE for s in states]
-        assert result.usable_blocks == usable(whole, need)
+        if any(n.region for n in need) and {*self.names(handle, keys)} & self.model.loose:
+            return
+        grid = SPECS[self.handles.index(handle)].grid
+        have = []
+        for one in need or (ev.Need("every"),):
+            cells = set(grid.cell_indices(one.region or grid.whole))
+            filling = [self.model.filling.get(n) for n in self.names(handle, keys)]
+            have.append([
+                s is ev.BlockState.COMPLETE or (f is not None and cells <= f.committed)
+                for s, f in zip(states, filling, strict=True)
+            ])  # fmt: skip
+        assert result.usable_blocks == usable(have, need)
 
     # ---- the world
 
@@ -310,13 +329,13 @@ class HubMachine(WriterMachine):
         assert (host.filling, host.target, host.quarantined) == (0, 0, 0)
 
 
-def usable(have: list[bool], needs: tuple[ev.Need, ...]) -> int:
-    """The definition, word by word."""
-    for count in range(len(have), 0, -1):
+def usable(have: list[list[bool]], needs: tuple[ev.Need, ...]) -> int:
+    """The definition, word by word; `have[i]` is which blocks need i could use."""
+    for count in range(len(have[0]), 0, -1):
         lasting = {"every": count, "state": 1}
         if all(
-            all(have[max(0, count - lasting.get(need.kind, need.blocks)) : count])
-            for need in needs or (ev.Need("every"),)
+            all(mine[max(0, count - lasting.get(need.kind, need.blocks)) : count])
+            for mine, need in zip(have, needs or (ev.Need("every"),), strict=True)
         ):
             return count
     return 0

@@ -11,14 +11,18 @@ out rather than hangs: each wait has a deadline, and on failure the server's log
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +36,23 @@ START_DEADLINE_S = 20.0
 SHM = Path("/dev/shm")
 
 
+# Below the range that the kernel takes ports of outgoing connections from (32768 and up), so that
+# none of them sits on a port between this answer and the server's bind, or while it is restarted.
+PORTS = range(20_000, 32_000)
+START_TRIES = 3
+_from_here = itertools.chain(range(random.SystemRandom().choice(PORTS), PORTS.stop), PORTS)
+_ports_lock = threading.Lock()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on now; this process is given it once. Another process may still
+    come to the same one: who starts a server tries again with the next (`start_server`)."""
+    with _ports_lock:
+        for port in _from_here:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise ServerError(f"no port of {PORTS} is free")
 
 
 class ServerError(AssertionError):
@@ -66,6 +82,8 @@ class ServerProcess:
         self.log_path = tmp_path / f"server-{self.address.rpartition(':')[2]}.log"
         self.log_path.touch()
         self.failpoints = failpoints
+        self.credentials: Any = None  # of a channel to a server with TLS
+        self.certificates: Any = None
         self.ready: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -182,8 +200,13 @@ class ServerProcess:
             time.sleep(0.02)
         raise ServerError(f"no event {name} {fields} within {timeout} s:\n{self.log()}")
 
+    def _channel(self) -> Any:
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address)
+        return grpc.secure_channel(self.address, self.credentials)
+
     def stats(self) -> kvserver_pb2.StatsReply:
-        with grpc.insecure_channel(self.address) as channel:
+        with self._channel() as channel:
             admin = kvserver_pb2_grpc.AdminStub(channel)
             return admin.Stats(kvserver_pb2.StatsRequest(), timeout=10, wait_for_ready=True)
 
@@ -191,10 +214,19 @@ class ServerProcess:
 def start_server(
     tmp_path: Path, *, failpoints: str = "", wait: bool = True, **options: object
 ) -> ServerProcess:
-    """A running server. `options` are those of `kvserver serve`, with underscores."""
-    server = ServerProcess(tmp_path, options, failpoints)
-    try:
-        return server.start(wait=wait)
-    except BaseException:
-        server.close()
-        raise
+    """A running server. `options` are those of `kvserver serve`, with underscores.
+
+    Where a port that was chosen here is taken meanwhile, it is started on others.
+    """
+    for left in reversed(range(START_TRIES)):
+        server = ServerProcess(tmp_path, options, failpoints)
+        try:
+            return server.start(wait=wait)
+        except BaseException as error:
+            server.close()
+            chosen = {"listen", "metrics_listen"} - set(options)
+            if not left or not any(f"{name}: " in str(error) for name in chosen):
+                raise
+            if not isinstance(error, ServerError) or "in use" not in str(error):
+                raise
+    raise AssertionError("unreachable")

@@ -82,6 +82,7 @@ class World:
     cells: dict[tuple[ev.Tier, int], dict[int, bytes]] = field(default_factory=dict)
     leases: dict[int, LeaseView] = field(default_factory=dict)
     asked: dict[int, ev.Acquire] = field(default_factory=dict)
+    compared: list[tuple[ev.Place, Region, bytes]] = field(default_factory=list)
     generations: dict[tuple[ev.Tier, int], int] = field(default_factory=dict)
     ticket: int = 0
 
@@ -111,7 +112,13 @@ class World:
         out = self.hub.handle(event, self.now)
         for instruction in out:
             self._carry_out(instruction)
-        self.leases = {i: v for i, v in self.leases.items() if v.until > self.now}
+        # Leases end with their time, and with their session.
+        sessions = self.hub._holds.sessions
+        self.leases = {
+            i: v
+            for i, v in self.leases.items()
+            if v.until > self.now and self.asked[v.ticket].session in sessions
+        }
         return out
 
     def ask(self, kind: type, **fields: Any) -> Any:
@@ -144,6 +151,8 @@ class World:
                 self._erase(place.tier, place.offset)
             case ins.CellsCommitted():
                 self._committed(instruction)
+            case ins.CellsPresent():
+                self._present(instruction)
             case ins.Copy() | ins.Verify():
                 self._start(instruction)
             case _:
@@ -189,6 +198,13 @@ class World:
             assert held.get(cell) == event.info.key, "a commit of cells that hold other bytes"
         if event.complete:
             entry.clients, entry.info = (), event.info
+
+    def _present(self, event: ins.CellsPresent) -> None:
+        assert self.entries[event.place.offset].generation == event.place.generation
+        held = self.cells.get((HOST, event.place.offset), {})
+        for cell in self.grid_of(event.info.namespace).cell_indices(event.region):
+            assert held.get(cell) == event.info.key, "compared with cells that hold other bytes"
+        self.compared.append((event.place, event.region, event.info.key))
 
     def _start(self, job: ins.Copy | ins.Verify) -> None:
         assert job.job not in self.jobs

@@ -55,6 +55,10 @@ def test_parse_bytes_refuses(text: object) -> None:
         ("listen", "nowhere", "host:port"),
         ("listen", "a:99999", "host:port"),
         ("metrics_listen", "a:b", "host:port"),
+        ("tcp_listen", "x", "host:port with a port from 0 to 65535, or empty"),
+        ("tcp_workers", "65", "from 0 to 64"),
+        ("tcp_connections_max", "0", "from 1 to 65536"),
+        ("tcp_stall_ms", "1", "from 10 to 3600000"),
         ("host_bytes", "1MiB", "from 4 MiB"),
         ("host_bytes", "many", "a size"),
         ("host_dir", "/" + "x" * 200, "at most 88 bytes"),
@@ -76,6 +80,21 @@ def test_a_bad_value_names_field_and_limit(name: str, value: object, limit: str)
         load({name: value})
     assert caught.value.field in (name, "disk_path")
     assert caught.value.limit in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"tls_cert": "/c"}, "tls_key"),
+        ({"tls_key": "/k"}, "tls_cert"),
+        ({"tls_client_ca": "/ca"}, "tls_cert"),
+        ({"tls_cert": "/c", "tls_key": "/k", "tcp_workers": 0}, "tcp_workers"),
+    ],
+)
+def test_tls_files_belong_together(values: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(values)
+    assert caught.value.field == field
 
 
 def test_an_error_names_its_source(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 import yaml
 
 from kvserver.config import load, option_table, parse_bytes
+from tests.support.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -128,7 +128,10 @@ def test_the_images_environment_is_a_valid_configuration() -> None:
     final = _stages("Dockerfile.server")[-1]
     settings = load(environment=final.environment)
     assert settings.listen.startswith("0.0.0.0:")
-    ports = {a.rpartition(":")[2] for a in (settings.listen, settings.metrics_listen)}
+    ports = {
+        a.rpartition(":")[2]
+        for a in (settings.listen, settings.metrics_listen, settings.tcp_listen)
+    }
     assert set(final.last("EXPOSE").split()) == ports
 
 
@@ -238,12 +241,6 @@ def test_the_connector_gets_settings_that_it_knows(compose: dict[str, Any]) -> N
 # ---- the server's image, built step by step ------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _build(stage: Stage, root: Path) -> dict[str, str]:
     """Carry out a stage under `root` instead of /. Gives the paths that moved."""
     moved = {place: str(root) + place for place in ("/opt/kvserver", "/src", "/owned")}
@@ -298,12 +295,13 @@ def test_the_servers_image_builds_serves_and_is_healthy(tmp_path: Path) -> None:
     moved = _build(build, root)
     host_dir = tmp_path / "host"
     host_dir.mkdir()
-    listen = f"127.0.0.1:{_free_port()}"
+    listen = f"127.0.0.1:{free_port()}"
     environment = {
         **{name: _move(value, moved) for name, value in final.environment.items()},
         "HOME": str(tmp_path),
         "KVSERVER_LISTEN": listen,
         "KVSERVER_METRICS_LISTEN": "127.0.0.1:0",
+        "KVSERVER_TCP_LISTEN": "127.0.0.1:0",
         "KVSERVER_HOST_DIR": str(host_dir),
         "KVSERVER_HOST_BYTES": "32MiB",
     }

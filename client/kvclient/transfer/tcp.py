@@ -37,7 +37,7 @@ from kvproto.checksum import grid_checksums
 from kvproto.frames import FrameError, Op, Place, Request, Status
 from kvproto.grid import Region
 
-FRAME_BYTES = 2 << 20
+FRAME_BYTES = 4 << 20
 CHUNK_BYTES = 512 << 10  # hashed while the next one arrives
 SOCKET_BYTES = 4 << 20
 SHARE_BYTES_MIN = 4 << 20  # less is not worth a second connection

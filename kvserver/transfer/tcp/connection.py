@@ -117,6 +117,7 @@ class Connection:
             self._counters.add(stalled=1)
         except FrameError:
             self._counters.add(broken=1)
+            self._linger()
         except Refused:
             self._counters.add(refused=1)
             self._linger()
@@ -155,12 +156,13 @@ class Connection:
         except FrameError:
             op, tag = (int.from_bytes(self._head[i : i + 4], "little") for i in (0, 4))
             if op in (Op.WRITE, Op.READ):  # else there is no answer that the peer could decode
-                self._refuse(Op(op), tag, Status.BAD)
+                self._stream.send(encode_reply(Reply(Op(op), tag, Status.BAD)))
             raise
         if not self._permits.check(request.op, self.client, request.place):
             self._refuse(request.op, request.tag, Status.DENIED)
         if not self._slots.within(request.place):
             self._refuse(request.op, request.tag, Status.BAD)
+        self._slots.map_in(request.place)
         if request.op is Op.WRITE:
             self._write(request)
         else:

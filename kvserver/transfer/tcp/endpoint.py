@@ -189,9 +189,12 @@ class TcpEndpoint:
     async def start(self) -> None:
         """Bind, and start the workers; what connects before they are ready waits in the backlog."""
         host, _, port = self._listen.rpartition(":")
-        try:
-            if self._tls is not None:
+        if self._tls is not None:
+            try:
                 tls_context(self._tls.cert, self._tls.key, self._tls.client_ca)
+            except OSError as error:
+                raise TransferError(f"tls_cert, tls_key, tls_client_ca: {error}") from error
+        try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._listener = socket.create_server(
                 (host.strip("[]"), int(port)), family=family, backlog=_BACKLOG
@@ -209,6 +212,9 @@ class TcpEndpoint:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         loop = asyncio.get_running_loop()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes who accepts
         for worker in self._running:
             loop.remove_reader(worker.channel.fileno())
             with contextlib.suppress(OSError):

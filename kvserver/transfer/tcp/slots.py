@@ -7,6 +7,7 @@ Rule 2: nothing here writes the header, the table or a trailer: those are the se
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ import numpy as np
 from kvproto.arena import ENTRY_BYTES, UNIT, ArenaReader
 from kvproto.frames import Place
 from kvproto.grid import Region
+from kvserver.tiers import syscalls
 from kvserver.tiers.entry import EntryTable, ReservedEntry, ValidEntry
 
+MAP_BYTES = 2 << 20  # mapped in at once
 VIEWS_MAX = 256  # extents of one system call
 _ENTRY_TRIES = 3  # an entry that is being rewritten reads as damaged for a moment
 _ENTRY_PAUSE_S = 1e-4
@@ -30,6 +33,7 @@ class Slots:
         # Views keep the map alive; it goes with the last of them.
         file = np.frombuffer(mmap.mmap(fd, file_bytes), np.uint8)
         self._reader = ArenaReader(file)
+        self._unmapped = set(range(-(-self._reader.data.size // MAP_BYTES)))
         head = self._reader.header
         assert head.arena_id == arena_id, "this is another arena"
         self.arena_id = arena_id
@@ -64,6 +68,19 @@ class Slots:
                 return False
             time.sleep(_ENTRY_PAUSE_S)
         return False
+
+    def map_in(self, place: Place) -> None:
+        """Enter the slot's pages into this process's page table, all at once: done by faults, page
+        by page, it costs as much as the copy. The server's memory behind them is there already.
+        """
+        first = place.offset // MAP_BYTES
+        last = (place.offset + place.payload_bytes + place.trailer_bytes - 1) // MAP_BYTES
+        for part in range(first, last + 1):
+            if part in self._unmapped:
+                self._unmapped.discard(part)
+                whole = self._reader.data[part * MAP_BYTES : (part + 1) * MAP_BYTES]
+                with contextlib.suppress(OSError):  # an old kernel: then by faults
+                    syscalls.madvise(whole, syscalls.MADV_POPULATE_WRITE)
 
     def trailer(self, place: Place) -> memoryview:
         start = place.offset + place.payload_bytes

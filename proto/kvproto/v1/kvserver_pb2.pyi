@@ -701,12 +701,14 @@ class EvictRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class EvictReply(_message.Message):
-    __slots__ = ("blocks", "bytes")
+    __slots__ = ("blocks", "bytes", "in_use")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     bytes: int
-    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    in_use: int
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., in_use: _Optional[int] = ...) -> None: ...
 
 class DropNamespaceRequest(_message.Message):
     __slots__ = ("namespace_id",)

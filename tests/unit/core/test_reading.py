@@ -58,6 +58,36 @@ def test_usable_prefix_by_need() -> None:
     assert usable_prefix(np.array([], dtype=bool), ()) == 0
 
 
+def test_a_need_is_judged_on_its_region_and_its_pin_holds_the_cells() -> None:
+    """A block that is still filling is usable for a group of layers whose cells are all there."""
+    world = make_world()
+    keys = chain("a", 3)
+    top, bottom = Region(0, 1, 0, 2), Region(1, 2, 0, 2)
+    world.put(1, keys[:1])
+    reserved = world.reserve(1, keys, ttl=3.0)
+    for index in (1, 2):
+        world.write(reserved.places[index], keys[index], world.grid_of(1).cell_indices(top))
+    world.ask(
+        ev.Commit, session=1, reservation=reserved.reservation, indices=[1, 2], region=top
+    )  # fmt: skip
+    assert world.lookup(1, keys).usable_blocks == 1
+    assert world.lookup(1, keys, need=(ev.Need("every", region=bottom),)).usable_blocks == 1
+    both = (ev.Need("every", region=top), ev.Need("state", region=bottom))
+    assert world.lookup(1, keys, need=both).usable_blocks == 1
+    looked = world.lookup(1, keys, need=(ev.Need("every", region=top),), pin=9.0)
+    assert (looked.usable_blocks, looked.live_blocks) == (3, 3)
+    place = reserved.places[2]
+    assert world.tier(HOST).filling == 2
+    world.advance(3.0)  # their writer is lost: the cells stay where they are for the lease
+    world.ask(ev.Fence, session=1, reservation=reserved.reservation)
+    assert world.lookup(1, keys).usable_blocks == 1
+    fresh = world.reserve(1, keys)
+    assert place not in fresh.places
+    assert {p.offset for p in reserved.places if p} & {p.offset for p in fresh.places if p} == set()
+    world.release(looked.lease)
+    world.hub.validate()
+
+
 def test_lookup_counts_and_renews_no_lease() -> None:
     world = make_world()
     keys = chain("a", 4)

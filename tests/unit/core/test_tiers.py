@@ -156,11 +156,11 @@ def test_evict_spares_what_is_leased_and_other_namespaces() -> None:
     world.finish_all()
     world.acquire(1, keys[:1])
     evicted = world.ask(ev.Evict, namespace_id=make_spec().id, hashes=[])
-    assert (evicted.blocks, evicted.bytes) == (3, 6 * UNIT)
+    assert (evicted.blocks, evicted.bytes, evicted.in_use) == (3, 6 * UNIT, 1)
     assert world.lookup(other, keys).usable_blocks == 4
     assert world.lookup(1, keys).usable_blocks == 1
     evicted = world.ask(ev.Evict, namespace_id=make_spec("other").id, hashes=keys[2:3])
-    assert evicted.blocks == 1
+    assert (evicted.blocks, evicted.in_use) == (1, 0)
     world.hub.validate()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvproto.grid import Region
@@ -123,6 +125,22 @@ def test_death_and_drained_ends_lift_a_quarantine(world: World, how: str) -> Non
         world.ask(ev.CloseSession, session=1, drained=True)
     assert world.tier(HOST).quarantined == 0
     assert world.entries == {}
+
+
+def test_a_drained_client_lives_on_with_what_it_has_reserved(world: World) -> None:
+    """Its connections were dropped: nothing of before can write, and it may begin anew."""
+    world.reserve(1, chain("a", 3), ttl=2.0)
+    keys = chain("b", 1)
+    living = world.reserve(1, keys, ttl=30.0)
+    world.advance(2.0)
+    assert world.tier(HOST).quarantined == 3
+    assert world.hub.suspects() == {10}
+    world.send(ev.ClientDrained(10))
+    assert world.tier(HOST).quarantined == 0
+    assert world.hub.suspects() == set()
+    assert commit(world, living, keys[0], WHOLE).completed == 1
+    assert world.reserve(1, chain("c", 1)).reservation
+    world.hub.validate()
 
 
 def test_a_session_that_ends_undrained_leaves_its_slots_fenced(world: World) -> None:
@@ -391,3 +409,50 @@ def test_durable_is_not_promised_beyond_the_lag_limit() -> None:
     world.finish()
     assert world.answers[ticket].verdicts == [WRITE]
     world.hub.validate()
+
+
+def test_committed_again_is_compared_where_it_stands(world: World) -> None:
+    """The core has no checksums: it tells which cells were there, and where, before the Answer."""
+    keys = chain("a", 2)
+    result = world.reserve(1, keys)
+    commit(world, result, keys[0], TOP)
+    assert world.compared == []
+    for index, region in ((0, TOP), (0, Region(0, 1, 1, 2))):  # still filling
+        again = recommit(world, result, index, region)
+        assert again.verdicts == [CommitVerdict.OK]
+        assert world.compared.pop() == (result.places[0], region, keys[0])
+    assert commit(world, result, keys[0], BOTTOM).completed == 1
+    again = recommit(world, result, 0, WHOLE)  # complete: its position is done
+    assert (again.verdicts, again.completed) == ([CommitVerdict.OK], 0)
+    assert world.compared.pop() == (result.places[0], WHOLE, keys[0])
+    assert world.counter("commits") == 2
+    evicted = world.ask(ev.Evict, namespace_id=make_spec().id, hashes=keys[:1])
+    assert evicted.blocks == 1
+    assert recommit(world, result, 0, WHOLE).verdicts == [CommitVerdict.OK]
+    assert world.compared == [], "nothing stands there any more"
+
+
+def test_cells_of_another_rank_are_not_committed_again(world: World) -> None:
+    keys = chain("a", 2)
+    result = world.reserve(1, keys, region=LEFT)
+    world.reserve(1, keys, region=RIGHT, client=11)
+    commit(world, result, keys[0], LEFT)
+    refused = recommit(world, result, 0, WHOLE)
+    assert isinstance(refused, CoreError)
+    assert refused.field == "region"
+
+
+def test_a_block_that_was_gone_stays_gone_for_its_writer(world: World) -> None:
+    keys = chain("a", 2)
+    first = world.reserve(1, keys, region=LEFT, ttl=2.0)
+    second = world.reserve(1, keys, region=RIGHT, client=11, ttl=9.0)
+    world.advance(3.0)
+    assert first.verdicts == second.verdicts == [WRITE] * 2
+    assert recommit(world, second, 0, RIGHT).verdicts == [CommitVerdict.GONE]
+    assert recommit(world, second, 0, RIGHT).verdicts == [CommitVerdict.GONE], "told again"
+
+
+def recommit(world: World, result: ins.ReserveResult, index: int, region: Region) -> Any:
+    return world.ask(
+        ev.Commit, session=1, reservation=result.reservation, indices=[index], region=region
+    )

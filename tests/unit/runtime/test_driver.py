@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kvproto.checksum import grid_checksums
+from kvproto.checksum import checksum, grid_checksums
+from kvproto.grid import Region
 from kvproto.prefix import ROOT
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
@@ -293,3 +294,31 @@ async def test_an_exception_out_of_the_hub_is_fatal(
         with pytest.raises(ZeroDivisionError):
             await rig.driver.ask(ev.Heartbeat(rig.driver.ticket(), SESSION), type(None))
     assert [type(error) for error in rig.fatal] == [ZeroDivisionError]
+
+
+async def test_other_bytes_for_committed_cells_are_a_mismatch_and_the_first_stay(rig: Rig) -> None:
+    """Whether the block is still filling or already complete; the right bytes again are fine."""
+    reserved = await rig.reserve()
+    place = reserved.places[0]
+    assert place is not None
+    payload = BLOCKS.payload(KEYS[0])
+    rig.host.slot(place.offset, payload.size)[:] = payload.reshape(-1)
+    sums = grid_checksums(payload)
+
+    async def commit(region: Region, checksums: np.ndarray) -> list[int]:
+        event = ev.Commit(rig.driver.ticket(), SESSION, reserved.reservation, [0], region)
+        return list((await rig.driver.commit(event, checksums[None])).verdicts)
+
+    left, right = Region(0, 2, 0, 1), Region(0, 2, 1, 2)
+    halves = sums.reshape(GRID.layers, GRID.heads)
+    assert await commit(left, halves[:, 0].copy()) == [ev.CommitVerdict.OK]
+    assert await commit(left, halves[:, 1].copy()) == [ev.CommitVerdict.MISMATCH]
+    assert await commit(left, halves[:, 0].copy()) == [ev.CommitVerdict.OK]
+    assert await commit(right, halves[:, 1].copy()) == [ev.CommitVerdict.OK]
+    assert await commit(GRID.whole, sums) == [ev.CommitVerdict.OK]
+    wrong = sums.copy()
+    wrong[-1] ^= 1
+    assert await commit(GRID.whole, wrong) == [ev.CommitVerdict.MISMATCH]
+    assert rig.driver.commit_mismatches == 2
+    assert is_block(rig.host, place.offset, KEYS[0])
+    assert rig.driver.entries.root(place) == checksum(sums.view(np.uint8))

@@ -93,6 +93,7 @@ async def hub() -> AsyncIterator[Hub]:
     settings = Settings(
         listen="127.0.0.1:0",
         metrics_listen="",
+        tcp_listen="",
         host_dir=str(directory),
         host_bytes=16 << 20,
         keys_per_call_max=KEYS_MAX,
