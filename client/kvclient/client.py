@@ -35,6 +35,7 @@ from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
 from kvclient.tls import Tls
+from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -103,6 +104,8 @@ class Client:
         connections: int = 2,
         tls: Tls | None = None,
         copy_threads: int = THREADS,
+        staging_bytes: int = STAGING_BYTES,
+        nixl_params: dict[str, str] | None = None,
     ) -> None:
         """A client that connects at its first use. Parameters: `AsyncClient.connect`."""
         self._options = Options(
@@ -116,6 +119,8 @@ class Client:
             rank=rank,
             connections=connections,
             tls=tls,
+            staging_bytes=staging_bytes,
+            nixl_params=dict(nixl_params or {}),
         ).check()
         self._copy_threads = copy_threads
         self._lock = threading.Lock()
@@ -138,6 +143,8 @@ class Client:
         connections: int = 2,
         tls: Tls | None = None,
         copy_threads: int = THREADS,
+        staging_bytes: int = STAGING_BYTES,
+        nixl_params: dict[str, str] | None = None,
     ) -> Self:
         """A client that is connected. Parameters and errors: `AsyncClient.connect`."""
         client = cls(
@@ -152,6 +159,8 @@ class Client:
             connections=connections,
             tls=tls,
             copy_threads=copy_threads,
+            staging_bytes=staging_bytes,
+            nixl_params=nixl_params,
         )
         client.open()
         return client

@@ -171,6 +171,18 @@ def _flat(cells: Bytes, shape: tuple[int, int]) -> Bytes:
     return flat
 
 
+def copy_cells(target: Bytes, source: Bytes, sums: Checksums, go_on: Callable[[], bool]) -> bool:
+    """Copy cells [layers, heads, bytes] and hash them where they arrive, into `sums` [layers *
+    heads]. `go_on` is asked before each chunk; False when it said no.
+    """
+    at = 0
+    for into, rows in _rows(target, source):
+        if not _copy_hashed(into, rows, into, sums[at : at + len(into)], go_on):
+            return False
+        at += len(into)
+    return True
+
+
 def _copy_hashed(
     target: Bytes, source: Bytes, hashed: Bytes, sums: Checksums, go_on: Callable[[], bool]
 ) -> bool:
@@ -266,13 +278,7 @@ def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
     whole = arena.writing(slot.offset, length)
     target = cells_of(whole, grid, slot.tokens, work.region)[piece.start : piece.stop]
     source = work.sources[piece.index][piece.start : piece.stop, :, : target.shape[2]]
-    flat = sums.reshape(-1)
-    at = 0
-    for into, rows in _rows(target, source):
-        if not _copy_hashed(into, rows, into, flat[at : at + len(into)], ours):
-            return False
-        at += len(into)
-    return True
+    return copy_cells(target, source, sums.reshape(-1), ours)
 
 
 # ---- reading ---------------------------------------------------------------------------------
@@ -343,11 +349,8 @@ def _read(arena: Arena, work: Reading, piece: Piece) -> Outcome:
     else:
         target = work.targets[piece.index][piece.start : piece.stop, :, : cells.shape[2]]
         sums = np.zeros(cells.shape[0] * cells.shape[1], np.uint64)
-        at = 0
-        for into, rows in _rows(target, cells):
-            if not _copy_hashed(into, rows, into, sums[at : at + len(into)], current):
-                return Outcome.STALE
-            at += len(into)
+        if not copy_cells(target, cells, sums, current):
+            return Outcome.STALE
     good = work.matches(piece.index, piece.start, piece.stop, sums, whole[payload:])
     if not current():
         return Outcome.STALE

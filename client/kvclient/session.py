@@ -43,6 +43,7 @@ from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
 from kvclient.tls import Tls
 from kvclient.transfer import choose
 from kvclient.transfer.base import Transfer
+from kvclient.transfer.ring import STAGING_BYTES, STAGING_BYTES_MAX, STAGING_BYTES_MIN
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc as rpc
 
@@ -79,6 +80,8 @@ class Options:
     rank: int = 0
     connections: int = 2  # of the tcp transport
     tls: Tls | None = None
+    staging_bytes: int = STAGING_BYTES  # of the nixl transport
+    nixl_params: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> Options:
         """InvalidArgument for what cannot be right."""
@@ -89,6 +92,9 @@ class Options:
             raise InvalidArgument.of("transport", self.transport, limit)
         if not 1 <= self.connections <= 16:
             raise InvalidArgument.of("connections", self.connections, "from 1 to 16")
+        if not STAGING_BYTES_MIN <= self.staging_bytes <= STAGING_BYTES_MAX:
+            limit = f"from {STAGING_BYTES_MIN} to {STAGING_BYTES_MAX}"
+            raise InvalidArgument.of("staging_bytes", self.staging_bytes, limit)
         if not 0 < self.deadline_s <= 86_400:
             raise InvalidArgument.of("deadline_s", self.deadline_s, "above 0, at most 86400")
         if self.join_token and len(self.join_token) != 16:
@@ -392,7 +398,7 @@ class Session:
                 f"this client {PROTOCOL_VERSION}"
             )
         try:
-            transfer = await choose.open_transfer(options, reply, deadline)
+            transfer = await choose.open_transfer(options, reply, deadline, self.rpc)
         except KVError:
             goodbye = pb.GoodbyeRequest(session=reply.session, client=reply.client, drained=True)
             with suppress(KVError):  # unheard, the session ends by its own clock

@@ -193,6 +193,19 @@ class Hub:
         """Clients whose death would lift a quarantine."""
         return self._books.quarantine.clients()
 
+    def may_write(self, reservation: int, session: int, client: int) -> bool:
+        """Whether this client holds that reservation now."""
+        found = self._holds.reservations.get(reservation)
+        mine = found is not None and (found.session, found.client) == (session, client)
+        return mine and found is not None and not found.pending
+
+    def offsets_of(self, reservation: int, indices: list[int]) -> set[int]:
+        """Where the host slots stand that these positions of a reservation still have to fill."""
+        found = self._holds.reservations.get(reservation)
+        blocks = {} if found is None else found.blocks
+        host = self._books.host
+        return {host.place(blocks[at].slot).offset for at in indices if at in blocks}
+
     def next_deadline(self) -> float | None:
         """When, on the caller's clock, something expires next."""
         deadline = self._books.timers.next()

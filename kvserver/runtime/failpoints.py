@@ -43,6 +43,7 @@ NAMES = frozenset(
         "journal.sync",
         "disk.reopen",
         "verify.read",
+        "nixl.post",  # the slot is still what was granted, its bytes are to be moved now
     }
 )
 

@@ -17,6 +17,7 @@ from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
+from kvserver.runtime.moves import Moves
 from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.host import HostArena
@@ -49,6 +50,7 @@ class Node:
     ) -> None:
         self.driver = driver
         self.sessions = Sessions()
+        self.moves: Moves | None = None  # where nixl is on offer
         self.epoch = host.epoch
         self.arena_id = host.arena_id
         self.draining = False
@@ -90,6 +92,7 @@ class Node:
             "shm_refused": self._shm.refused,
             **(self._tcp.counters() if self._tcp else {}),
             **self._dropped,
+            **(self.moves.counters() if self.moves else {}),
         }
 
     async def _sweep(self) -> None:

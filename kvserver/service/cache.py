@@ -27,13 +27,14 @@ from kvserver.runtime.driver import AcquireStep
 from kvserver.runtime.node import Node
 from kvserver.runtime.sessions import TOKEN_BYTES, Session
 from kvserver.service import convert
-from kvserver.service.calls import Servicer, streaming, unary
+from kvserver.service.calls import streaming, unary
+from kvserver.service.remote import RemoteCalls
 
 PROTOCOL_VERSION = 1
 Offers = Callable[[Session], list[pb.TransportOffer]]
 
 
-class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
+class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
     """`offers(session)` names the transports that a session may use."""
 
     def __init__(self, node: Node, *, limits: pb.Limits, offers: Offers, **base: Any) -> None:
@@ -99,12 +100,13 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         await self._node.leave_session(session, client, drained=drained)
         return pb.GoodbyeReply()
 
-    @staticmethod
-    def _own_hands(session: Session, client: int) -> bool:
+    def _own_hands(self, session: Session, client: int) -> bool:
         """Whether a client's word counts that its copies have drained. Those of a remote transport
-        are the server's: they have when its data worker has let go, which the driver's poll sees.
+        are the server's: they have when its data worker has let go, which the driver's poll sees,
+        or when no transfer of nixl runs, which is known here.
         """
-        return client not in session.remote
+        moves = self._node.moves
+        return client not in session.remote or bool(moves and moves.idle(client))
 
     def _session(self, session: int) -> Session:
         return self._node.sessions.get(session)
@@ -225,6 +227,8 @@ class CacheService(Servicer, kvserver_pb2_grpc.CacheServicer):
         checksums = convert.numbers_from(
             "checksums", request.checksums, "<u8", count=len(indices) * region.cells
         ).reshape(len(indices), region.cells)
+        if self._node.moves is not None:
+            self._node.moves.check_commit(request.client, request.reservation, indices, region)
         event = events.Commit(
             self._driver.ticket(), session.id, request.reservation, indices, region
         )

@@ -49,7 +49,7 @@ class Incidents:
 class Gate:
     """Bounds how many calls run at once. Heartbeats and goodbyes pass: they free things."""
 
-    FREE = frozenset({"Heartbeat", "Goodbye", "Release", "Abort", "Fence"})
+    FREE = frozenset({"Heartbeat", "Goodbye", "Release", "Abort", "Fence", "Settle"})
 
     def __init__(self, rpcs_max: int) -> None:
         self.rpcs_max = rpcs_max

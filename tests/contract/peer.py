@@ -1,6 +1,6 @@
 """Another process that uses the hub, which a test may stop, continue and kill.
 
-    python -m tests.contract.peer ADDRESS ROLE COUNT
+    python -m tests.contract.peer ADDRESS ROLE COUNT TRANSPORT
 
 Roles say a word on stdout when they stand at the place that the test waits for, and go on when a
 line comes in on stdin:
@@ -9,6 +9,7 @@ line comes in on stdin:
           commit, and say the verdicts
   read    acquire COUNT blocks under leases of TTL_S; then copy each, verify, and say per block
           "hit" (verified, and byte-exact), "wrong" (verified, other bytes) or "miss"
+  push    push COUNT blocks at once; then say how many were written, or the error
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ SCRIBBLE = 0xEE
 class Peer:
     """The process, as the test holds it."""
 
-    def __init__(self, address: str, role: str, count: int) -> None:
+    def __init__(self, address: str, role: str, count: int, transport: str = "auto") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.contract.peer", address, role, str(count)],
+            [sys.executable, "-m", "tests.contract.peer", address, role, str(count), transport],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -111,10 +112,21 @@ def _read(client: Client, count: int) -> None:
     _say(" ".join(words))
 
 
-def main(address: str, role: str, count: str) -> None:
+def _push(client: Client, count: int) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    keys = BLOCKS.chain(SEED, count)
+    payloads = BLOCKS.payloads(keys)
+    _say("pushing")
+    try:
+        _say(f"written {namespace.push(keys, payloads).written}")
+    except KVError as error:
+        _say(type(error).__name__)
+
+
+def main(address: str, role: str, count: str, transport: str) -> None:
     deadline = time.monotonic() + 30
-    with Client.connect(address, name=f"peer-{role}") as client:
-        {"write": _write, "read": _read}[role](client, int(count))
+    with Client.connect(address, name=f"peer-{role}", transport=transport) as client:
+        {"write": _write, "read": _read, "push": _push}[role](client, int(count))
     assert time.monotonic() < deadline, "the test forgot this process"
 
 

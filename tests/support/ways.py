@@ -7,12 +7,12 @@ async with way.client(hub) as client: ...
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvclient import AsyncClient, Client, Tls
+from kvproto import nixlib
 from tests.support.server import ServerProcess, free_port, start_server
 from tests.support.tls import Certificates, make_certificates
 
@@ -28,8 +28,8 @@ class Way:
     @property
     def missing(self) -> str:
         """Why this machine cannot go this way; empty when it can."""
-        if self.transport == "nixl" and importlib.util.find_spec("nixl") is None:
-            return "nixl is not installed"
+        if self.transport == "nixl" and not nixlib.available():
+            return "NIXL is not installed (pip install --no-deps nixl-cu12)"
         return ""
 
     def serve(self, directory: Path, **options: object) -> ServerProcess:

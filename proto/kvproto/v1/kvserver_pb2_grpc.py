@@ -95,6 +95,21 @@ class CacheStub(object):
                 request_serializer=kvproto_dot_v1_dot_kvserver__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_unary(
+                '/kvserver.v1.Cache/Attach',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.AttachRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.AttachReply.FromString,
+                _registered_method=True)
+        self.Move = channel.unary_unary(
+                '/kvserver.v1.Cache/Move',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.MoveRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.MoveReply.FromString,
+                _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/kvserver.v1.Cache/Settle',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.SettleRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.SettleReply.FromString,
+                _registered_method=True)
         self.ReportCorrupt = channel.unary_unary(
                 '/kvserver.v1.Cache/ReportCorrupt',
                 request_serializer=kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptRequest.SerializeToString,
@@ -189,6 +204,27 @@ class CacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Tells the hub where the memory is that it may read and write for this client (nixl).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Move(self, request, context):
+        """The hub moves regions of granted slots from or to a client's attached memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Settle(self, request, context):
+        """Ends calls of Move, and tells whether anything of them still runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportCorrupt(self, request, context):
         """A reader found a checksum mismatch. The server verifies for itself and drops the block.
         """
@@ -258,6 +294,21 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ReleaseRequest.FromString,
                     response_serializer=kvproto_dot_v1_dot_kvserver__pb2.ReleaseReply.SerializeToString,
+            ),
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.AttachRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.AttachReply.SerializeToString,
+            ),
+            'Move': grpc.unary_unary_rpc_method_handler(
+                    servicer.Move,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.MoveRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.MoveReply.SerializeToString,
+            ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.SettleRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.SettleReply.SerializeToString,
             ),
             'ReportCorrupt': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportCorrupt,
@@ -590,6 +641,87 @@ class Cache(object):
             '/kvserver.v1.Cache/Release',
             kvproto_dot_v1_dot_kvserver__pb2.ReleaseRequest.SerializeToString,
             kvproto_dot_v1_dot_kvserver__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserver.v1.Cache/Attach',
+            kvproto_dot_v1_dot_kvserver__pb2.AttachRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.AttachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Move(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserver.v1.Cache/Move',
+            kvproto_dot_v1_dot_kvserver__pb2.MoveRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.MoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserver.v1.Cache/Settle',
+            kvproto_dot_v1_dot_kvserver__pb2.SettleRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.SettleReply.FromString,
             options,
             channel_credentials,
             insecure,
