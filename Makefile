@@ -66,8 +66,8 @@ test: setup-vllm ## the whole test suite, with real vLLM engines
 test-fast: setup ## the tests that need no vLLM
 	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
 
-test-all: setup-vllm ## the whole suite and the slow tests
-	$(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
+test-all: setup-vllm ## the whole suite, the slow tests, the engine tests over every transport
+	KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
 
 lint: setup ## ruff, strict mypy, and the generated code against its source
 	$(PY) -m ruff check .

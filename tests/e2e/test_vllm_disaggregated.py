@@ -8,36 +8,35 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from kvclient import Client
-from kvproto.prefix import ROOT, prefix_hashes
+from kvproto.prefix import prefix_hashes
 from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
+    corrupt_a_page,
     page_complaints,
-    the_spec,
+    transports_of,
     wait_connected,
-    wait_for,
     wait_pushed,
 )
-from tests.support.server import ServerProcess, start_server
+from tests.support.server import ServerProcess
 from tests.support.tiny_models import MEDIUM, prompt, write_model
+from tests.support.ways import Way
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 BLOCK = 128
 TOKENS = 16
-LOOKUP_PINS_S = 30.0
 LENGTHS = (100, 230, 300, 420, 512, 650, 777, 900)
 PROMPTS = [prompt(seed, length, MEDIUM) for seed, length in enumerate(LENGTHS)]
 
 
 @dataclass
 class Cluster:
+    way: Way
     server: ServerProcess
     prefill: list[Engine]
     decode: list[Engine]
@@ -66,17 +65,18 @@ def baseline(model: Path) -> list[Generated]:
 
 @pytest.fixture(scope="module")
 def cluster(
-    model: Path, baseline: list[Generated], tmp_path_factory: pytest.TempPathFactory
+    way: Way, model: Path, baseline: list[Generated], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     path = tmp_path_factory.mktemp("cluster")
     engines: list[Engine] = []
-    with start_server(path, host_bytes="256MiB") as server:
+    with way.serve(path, host_bytes="256MiB") as server:
         try:
             for name, role in [("p", "kv_producer"), ("d", "kv_consumer")] * 2:
                 config = hub_config(
                     server.address,
                     role=role,
                     event_log=path / f"{name}.jsonl",
+                    **way.settings(server),
                     **PATIENT,
                 )
                 engines.append(Engine.launch(model, config=config))
@@ -86,6 +86,7 @@ def cluster(
             wait_connected(path / "p.jsonl", 2)
             wait_connected(path / "d.jsonl", 2)
             yield Cluster(
+                way,
                 server,
                 engines[0::2],
                 engines[1::2],
@@ -118,6 +119,13 @@ def test_answers_are_those_of_an_engine_without_a_hub(
 ) -> None:
     for length, got, want in zip(LENGTHS, answers, cluster.baseline, strict=True):
         assert answer_complaints(got, want) == [], f"prompt of {length} tokens"
+
+
+def test_engines_and_hub_agree_on_the_transport(cluster: Cluster, answers: list[Generated]) -> None:
+    for log in (cluster.prefill_log, cluster.decode_log):
+        assert transports_of(log) == {cluster.way.transport}
+    for session in cluster.server.stats().sessions:
+        assert list(session.transports) == [cluster.way.transport]
 
 
 def test_pulled_pages_are_the_pushed_ones_byte_for_byte(
@@ -174,35 +182,11 @@ def test_every_prefilled_block_was_pushed(cluster: Cluster, answers: list[Genera
     assert dropped == []
 
 
-def evict_all(client: Client, namespace: bytes, hashes: list[bytes]) -> None:
-    """Evict until no block is left: an engine's lookup pins what it found for two seconds."""
-    evicted = 0
-
-    def done() -> bool:
-        nonlocal evicted
-        reply = client.evict(namespace, hashes)
-        evicted += reply.blocks
-        return not reply.in_use
-
-    wait_for("the leases of the engines' lookups to end", done, LOOKUP_PINS_S)
-    assert evicted == len(hashes)
-
-
 def test_the_oracle_sees_one_corrupted_page(cluster: Cluster, answers: list[Generated]) -> None:
-    """Negative control: a page altered behind the checksums, as only a wrong writer could."""
     number = LENGTHS.index(512)
     hashes = prefix_hashes(PROMPTS[number], BLOCK)
-    with Client.connect(cluster.server.address) as client:
-        namespace = client.open_namespace(the_spec(client))
-        grid = namespace.grid
-        shape = (len(hashes), grid.layers, grid.heads, grid.cell_bytes())
-        data = np.zeros(shape, np.uint8)
-        assert namespace.pull(hashes, data).found.all()
-        evict_all(client, namespace.id, hashes)
-        page = data[1, 2, 1, grid.page_bytes : 2 * grid.page_bytes].view(np.float32)
-        page += 1.0
-        result = namespace.push(hashes, data, parents=[ROOT, *hashes[:-1]])
-        assert result.written == len(hashes), result
+    with cluster.way.blocking(cluster.server) as client:
+        corrupt_a_page(client, hashes)
     engine = cluster.decode[1 - number // 2 % 2]
     got = engine.generate(PROMPTS[number], tokens=TOKENS)
     pushed = cells(read_events(cluster.prefill_log), "pushed")

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvclient import Client
 from kvproto.prefix import prefix_hashes
 from kvproto.v1 import kvserver_pb2 as pb
 from tests.support.engines import Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import answer_complaints, cells, the_spec, wait_for, wait_pushed
-from tests.support.server import ServerProcess, start_server
+from tests.support.server import ServerProcess
 from tests.support.tiny_models import TINY, prompt, write_model
+from tests.support.ways import Way
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -34,6 +34,7 @@ LOAD_MS = 4000
 
 @dataclass
 class World:
+    way: Way
     engine: Engine
     server: ServerProcess
     log: Path
@@ -70,11 +71,11 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """An engine whose hub has not been started yet."""
     path = tmp_path_factory.mktemp("faults")
     model = write_model(path / "model", TINY)
-    server = start_server(path, host_bytes="128MiB")
+    server = way.serve(path, host_bytes="128MiB")
     try:
         server.kill()
         config = hub_config(
@@ -83,11 +84,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             lookup_ms=LOOKUP_MS,
             pin_ms=PIN_MS,
             load_deadline_ms=LOAD_MS,
+            **way.settings(server),
         )
         with Engine.start(model, config=config) as engine:
             engine.generate(prompt(99, 300), tokens=2)
             baseline = engine.generate(PROMPT, tokens=TOKENS)
-            yield World(engine, server, path / "log.jsonl", baseline)
+            yield World(way, engine, server, path / "log.jsonl", baseline)
     finally:
         server.close()
 
@@ -133,7 +135,7 @@ def test_4_hits_resume_within_five_seconds_of_the_restart(world: World) -> None:
 
 def test_5_a_damaged_block_is_recomputed_from_there_and_pushed_again(world: World) -> None:
     events = read_events(world.log)
-    damage(world.server, BLOCKS // 2)
+    damage(world, BLOCKS // 2)
     assert answer_complaints(world.answer(), world.baseline) == []
     fresh = read_events(world.log)[len(events) :]
     assert [e["index"] for e in fresh if e["event"] == "failed_block"] == [BLOCKS // 2]
@@ -144,15 +146,18 @@ def test_5_a_damaged_block_is_recomputed_from_there_and_pushed_again(world: Worl
     assert again < pushed
 
 
-def damage(server: ServerProcess, index: int) -> None:
+def damage(world: World, index: int) -> None:
     """Flip one bit of a block where it stands in the arena."""
     digest = prefix_hashes(PROMPT, BLOCK)[index]
-    with Client.connect(server.address) as client:
+    with world.way.blocking(world.server) as client:
         namespace = client.open_namespace(the_spec(client))
         grid = namespace.grid
         data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
         assert namespace.pull([digest], data).found.all()
-    with (server.host_dir / "arena").open("r+b") as file, mmap.mmap(file.fileno(), 0) as arena:
+    with (
+        (world.server.host_dir / "arena").open("r+b") as file,
+        mmap.mmap(file.fileno(), 0) as arena,
+    ):
         place = arena.find(data[0, 1, 0].tobytes())
         assert place > 0
         arena[place + 100] ^= 1

@@ -14,11 +14,12 @@ from tests.support.kv_oracle import (
     answer_complaints,
     cells,
     page_complaints,
+    transports_of,
     wait_connected,
     wait_pushed,
 )
-from tests.support.server import start_server
 from tests.support.tiny_models import TINY, prompt, write_model
+from tests.support.ways import Way
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -37,16 +38,17 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     path = tmp_path_factory.mktemp("parallel")
     model = write_model(path / "model", TINY)
     engines: list[Engine] = []
-    with start_server(path, host_bytes="128MiB") as server:
+    with way.serve(path, host_bytes="128MiB") as server:
         try:
             for size in (1, 2):
                 config = hub_config(
                     server.address,
                     event_log=path / f"tp{size}.jsonl",
+                    **way.settings(server),
                     **PATIENT,
                 )
                 engines.append(Engine.launch(model, config=config, tensor_parallel=size))
@@ -55,6 +57,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 engine.generate(prompt(98, 40), tokens=2)
             wait_connected(path / "tp1.jsonl")
             wait_connected(path / "tp2.jsonl", 3)
+            for size in (1, 2):
+                assert transports_of(path / f"tp{size}.jsonl") == {way.transport}
             yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")
         finally:
             for engine in engines:

@@ -8,16 +8,20 @@ engine that never saw a hub.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvclient import Client
 from kvproto.namespace import NamespaceSpec
+from kvproto.prefix import ROOT
 from tests.support.engines import Generated, read_events
 
 LOGPROB_TOLERANCE = 1e-4
 DISTINCT_TOKENS_MIN = 6
+LOOKUP_PINS_S = 30.0
 
 Cells = dict[tuple[str, int], str]
 
@@ -53,6 +57,11 @@ def answer_complaints(got: Generated, want: Generated) -> list[str]:
         if worst > LOGPROB_TOLERANCE:
             complaints.append(f"step {step}: log-probabilities differ by {worst:.2e}")
     return complaints
+
+
+def transports_of(log: Path) -> set[str]:
+    """The transports that the processes of this event log have connected with."""
+    return {e["transport"] for e in read_events(log) if e["event"] == "connected"}
 
 
 def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -105,3 +114,31 @@ def the_spec(client: Client) -> NamespaceSpec:
         tenant=spec.tenant,
         attributes=dict(spec.attributes),
     )
+
+
+def evict_all(client: Client, namespace: bytes, hashes: Sequence[bytes]) -> None:
+    """Evict until no block is left: an engine's lookup pins what it found for two seconds."""
+    evicted = 0
+
+    def done() -> bool:
+        nonlocal evicted
+        reply = client.evict(namespace, hashes)
+        evicted += reply.blocks
+        return not reply.in_use
+
+    wait_for("the leases of the engines' lookups to end", done, LOOKUP_PINS_S)
+    assert evicted == len(hashes)
+
+
+def corrupt_a_page(client: Client, hashes: Sequence[bytes]) -> None:
+    """Negative control: alter one page (second block and page, third layer, second head) behind
+    the checksums, as only a wrong writer could. `hashes` are a prompt's blocks from its first."""
+    namespace = client.open_namespace(the_spec(client))
+    grid = namespace.grid
+    data = np.zeros((len(hashes), grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
+    assert namespace.pull(hashes, data).found.all()
+    evict_all(client, namespace.id, hashes)
+    page = data[1, 2, 1, grid.page_bytes : 2 * grid.page_bytes].view(np.float32)
+    page += 1.0
+    result = namespace.push(hashes, data, parents=[ROOT, *hashes[:-1]])
+    assert result.written == len(hashes), result

@@ -59,6 +59,14 @@ class Way:
             chosen["tls"] = _tls(hub.certificates)
         return chosen
 
+    def settings(self, hub: ServerProcess) -> dict[str, Any]:
+        """What the adapter takes in `kv_connector_extra_config` to go this way."""
+        chosen: dict[str, Any] = {"transport": self.transport}
+        if hub.certificates is not None:
+            tls = _tls(hub.certificates)
+            chosen |= {"tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key}
+        return chosen
+
     def client(self, hub: ServerProcess, **options: Any) -> Any:
         return AsyncClient.connect(hub.address, **{**self.options(hub), **options})
 
