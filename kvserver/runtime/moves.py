@@ -234,7 +234,7 @@ class Moves:
             order = move.order
             if order.op is not Op.WRITE or not order.region.intersects(region):
                 continue
-            written = {item.place.offset for item in order.items}
+            written = {place.offset for place in order.places}
             if written & self._driver.hub.offsets_of(reservation, indices):
                 text = f"move {order.number} into these cells still runs"
                 raise CoreError(ErrorKind.CONFLICT, text, field="indices")
@@ -301,19 +301,13 @@ class Moves:
         if order.payload_bytes > MOVE_BYTES_MAX:
             text = f"{order.payload_bytes} bytes in one move, at most {MOVE_BYTES_MAX}"
             raise CoreError(ErrorKind.LIMIT, text, field="move_bytes_max", limit=MOVE_BYTES_MAX)
-        starts = attachment.extents[:, 0]
-        for item in order.items:
-            piece = np.uint64(order.region.cells * item.place.cell_bytes // len(item.pieces))
-            at = item.pieces[:, None]
-            inside = (at >= starts) & (at + piece <= starts + attachment.extents[:, 1])
-            if not (inside.any(axis=1) & (item.pieces + piece > item.pieces)).all():
-                raise _invalid("addresses", "outside what the client attached")
+        if not order.within(attachment.extents):
+            raise _invalid("addresses", "outside what the client attached")
 
     def _admit(self, session: Session, client: int, attachment: Attachment, order: Order) -> Bytes:
         """OK, STALE or DENIED for each item, before anything moves (rule 2)."""
-        statuses = np.zeros(len(order.items), np.uint8)
-        for at, item in enumerate(order.items):
-            place = item.place
+        statuses = np.zeros(len(order.places), np.uint8)
+        for at, place in enumerate(order.places):
             used = place.payload_bytes + place.trailer_bytes
             if not self._permits.check(order.op, client, place):
                 statuses[at] = Status.DENIED
@@ -345,7 +339,6 @@ class Moves:
         agent, loop = self._agent, self._loop
         assert agent is not None
         assert loop is not None
-        items = order.items
         admitted = np.flatnonzero(statuses == Status.OK).tolist()
         posts = order.posts(admitted, base=agent.base, device=attachment.device)
 
@@ -357,8 +350,8 @@ class Moves:
             read=order.op is Op.WRITE,
             memory=attachment.memory,
             posts=posts,
-            outcomes=np.zeros(len(items), np.uint8),
-            current=lambda at: self._current(order.op, items[at].place),
+            outcomes=np.zeros(len(order.places), np.uint8),
+            current=lambda at: self._current(order.op, order.places[at]),
             before_post=lambda: failpoints.hit("nixl.post"),
             ended=ended,
         )
@@ -383,15 +376,14 @@ class Moves:
         for at in await self._loop.run_in_executor(
             self._hashing, order.corrupt, self._host.slot, good
         ):
-            current = self._current(order.op, order.items[at].place)
+            current = self._current(order.op, order.places[at])
             statuses[at] = Status.CORRUPT if current else Status.STALE
             self.items_corrupt += current
 
     def _trailers(self, order: Order, statuses: Bytes) -> bytes:
         """Each slot's trailer, read while its generation stands; zeros where it does not."""
         parts = []
-        for at, item in enumerate(order.items):
-            place = item.place
+        for at, place in enumerate(order.places):
             trailer = bytes(place.trailer_bytes)
             if statuses[at] == Status.OK:
                 start = place.offset + place.payload_bytes
