@@ -56,7 +56,7 @@ KEY_BYTES = 16
 EXTENTS_MAX = 1024
 MOVES_PER_CLIENT_MAX = 32
 MOVE_BYTES_MAX = 256 << 20
-BARRED_MAX = 65_536  # move numbers settled before they arrived
+BARRED_MAX = 4096  # settled move numbers that are remembered one by one
 SWEEP_S = 0.5
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
 ATTACH_S = 10.0
@@ -79,9 +79,21 @@ class Attachment:
     memory: Memory
     device: int
     moves: dict[int, _Move] = field(default_factory=dict)
-    used: int = 0  # the largest move number
     barred: set[int] = field(default_factory=set)
+    floor: int = 0  # every number up to here is barred as well
     lost: bool = False  # the agent was rebuilt: attach again
+
+    def bar(self, numbers: Sequence[int]) -> None:
+        """These start nothing from now on. Of too many the older half becomes the floor: a Move
+        that is refused for it fails, which is safe.
+        """
+        self.barred.update(numbers)
+        if len(self.barred) > BARRED_MAX:
+            self.floor = max(self.floor, sorted(self.barred)[len(self.barred) // 2])
+            self.barred = {number for number in self.barred if number > self.floor}
+
+    def takes(self, number: int) -> bool:
+        return number > self.floor and number not in self.barred and number not in self.moves
 
 
 class Moves:
@@ -261,7 +273,6 @@ class Moves:
             text = f"client {client} is not attached: attach, then move"
             raise CoreError(ErrorKind.UNAVAILABLE, text, field="attach")
         self._check(attachment, order)
-        attachment.used = max(attachment.used, order.number)
         statuses = self._admit(session, client, attachment, order)
         move = self._begin(attachment, order, statuses)
         self.moves += 1
@@ -291,7 +302,7 @@ class Moves:
         return Moved(statuses, trailers, terminal)
 
     def _check(self, attachment: Attachment, order: Order) -> None:
-        if order.number in attachment.moves or order.number in attachment.barred:
+        if not attachment.takes(order.number):
             raise _invalid("move", f"number {order.number} is settled or in use")
         if len(attachment.moves) >= MOVES_PER_CLIENT_MAX:
             text = f"{MOVES_PER_CLIENT_MAX} moves of client {attachment.client} run already"
@@ -405,13 +416,7 @@ class Moves:
             return [False] * len(numbers)
         if not hmac.compare_digest(attachment.key, key):
             raise _invalid("key", "not the one of this client's Attach")
-        fresh = [number for number in numbers if number > attachment.used]
-        if len(attachment.barred) + len(fresh) > BARRED_MAX:
-            raise CoreError(
-                ErrorKind.LIMIT, "too many moves were settled before they came",
-                field="moves", limit=BARRED_MAX,
-            )  # fmt: skip
-        attachment.barred.update(numbers)
+        attachment.bar(numbers)
         running = [attachment.moves[n] for n in numbers if n in attachment.moves]
         for move in running:
             move.job.stop()
