@@ -71,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
 
 
+_TLS_FILES = {
+    "ca": "PEM file of the authority that signed the server's certificate (default: the system's)",
+    "cert": "PEM file of the certificate to show to a server with tls_client_ca",
+    "key": "PEM file of that certificate's key",
+}
+
+
 # ---- the parser ------------------------------------------------------------------------------
 
 
@@ -161,6 +168,8 @@ def _add_client_command(
     parser.add_argument(
         "--timeout-s", type=_seconds, default=10.0, help="deadline of a call (default 10)"
     )
+    for name, text in _TLS_FILES.items():
+        parser.add_argument(f"--tls-{name}", metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -197,8 +206,22 @@ def _serve(parsed: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
 
 
+def _channel(parsed: argparse.Namespace) -> Any:
+    """To the server; over TLS as soon as one of its files is named."""
+    files = [getattr(parsed, f"tls_{name}") for name in _TLS_FILES]
+    if not any(files):
+        return grpc.insecure_channel(parsed.address)
+    if bool(files[1]) != bool(files[2]):
+        raise CommandError("--tls-cert and --tls-key are given together", EXIT_USAGE)
+    try:
+        ca, cert, key = (Path(file).read_bytes() if file else None for file in files)
+    except OSError as error:
+        raise CommandError(f"TLS: {error}", EXIT_USAGE) from None
+    return grpc.secure_channel(parsed.address, grpc.ssl_channel_credentials(ca, key, cert))
+
+
 def _call(parsed: argparse.Namespace, method: str, request: Any) -> Any:
-    with grpc.insecure_channel(parsed.address) as channel:
+    with _channel(parsed) as channel:
         stub = kvserver_pb2_grpc.AdminStub(channel)
         try:
             return getattr(stub, method)(request, timeout=parsed.timeout_s)

@@ -169,6 +169,17 @@ def _totals(counters: Mapping[str, int]) -> Iterator[Metric]:
         for direction in ("in", "out"):
             moved.add_metric([tier, direction], rest.pop(f"bytes_{tier}_{direction}", 0))
     yield moved
+    sockets = CounterMetricFamily(
+        "kvserver_transport_bytes",
+        "Bytes of cells that the server itself moved for clients; shm clients copy by themselves.",
+        labels=["transport", "direction"],
+    )
+    for direction in ("in", "out"):
+        sockets.add_metric(["tcp", direction], rest.pop(f"tcp_bytes_{direction}", 0))
+    yield sockets
+    yield GaugeMetricFamily(
+        "kvserver_tcp_connections", "Open data connections.", rest.pop("tcp_connections", 0)
+    )
     events = CounterMetricFamily("kvserver_events", "Everything else counted.", labels=["event"])
     for name, value in sorted(rest.items()):
         events.add_metric([name], value)

@@ -146,6 +146,7 @@ class Node:
         left = events.CloseClient(ticket, session.id, client, drained=drained)
         await self.driver.ask(left, type(None))
         session.clients.discard(client)
+        session.remote.discard(client)
         if not session.clients:
             ended = events.CloseSession(self.driver.ticket(), session.id, drained=drained)
             await self.driver.ask(ended, type(None))

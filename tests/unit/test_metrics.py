@@ -25,6 +25,7 @@ def stats() -> pb.StatsReply:
         up=True,
     )
     counters = {"hits": 7, "evicted_host": 3, "restored_disk": 2, "bytes_disk_in": 9, "stalls": 1}
+    counters |= {"tcp_bytes_in": 5, "tcp_connections": 2, "tcp_refused": 4}
     return pb.StatsReply(tiers=[host], counters=counters, epoch=4, sessions=[pb.SessionStats()])
 
 
@@ -58,6 +59,10 @@ def test_gauges_and_totals_are_those_of_stats() -> None:
         "kvserver_restored_blocks{tier=disk}": 2,
         "kvserver_bytes_total{direction=in,tier=disk}": 9,
         "kvserver_events_total{event=stalls}": 1,
+        "kvserver_events_total{event=tcp_refused}": 4,
+        "kvserver_transport_bytes_total{direction=in,transport=tcp}": 5,
+        "kvserver_transport_bytes_total{direction=out,transport=tcp}": 0,
+        "kvserver_tcp_connections": 2,
         "kvserver_slots{state=committed,tier=host}": 4,
         "kvserver_blocks{tier=host}": 4,
         "kvserver_quarantined_slots": 2,

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvclient import InvalidArgument, Tls
+from kvclient.session import Options
 from kvserver_vllm.errors import ConfigError
 
 
@@ -21,6 +23,18 @@ class Settings:
     """host:port of the hub's gRPC listener."""
     tenant: str = ""
     """Tenant whose quota and blocks this engine uses. Default: the default tenant."""
+    transport: str = "auto"
+    """How bytes move: auto, shm (on the hub's host), tcp or nixl."""
+    connections: int = 2
+    """Connections of the tcp transport, each rank's own."""
+    tls_ca: str = ""
+    """PEM file of the authority that vouches for the hub. With any tls_* key, TLS is used."""
+    tls_cert: str = ""
+    """PEM file of this engine's certificate, for a hub that asks for one; with tls_key."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    tls_name: str = ""
+    """Name in the hub's certificate, where it is not the host in `address`."""
     block_tokens: int = 128
     """Tokens per hub block. All engines that share must agree; independent of vLLM's block size."""
     lookup_ms: int = 100
@@ -55,12 +69,25 @@ class Settings:
             )
         for name, value in extra.items():
             _check(name, value)
-        return cls(**extra)
+        settings = cls(**extra)
+        try:
+            Options(settings.address, **settings.reach()).check()
+        except InvalidArgument as error:
+            raise ConfigError(f"kv_connector_extra_config: {error}") from error
+        return settings
+
+    def reach(self) -> dict[str, Any]:
+        """What `AsyncClient.connect` is told of transport and TLS."""
+        reach: dict[str, Any] = {"transport": self.transport, "connections": self.connections}
+        if self.tls_ca or self.tls_cert or self.tls_key or self.tls_name:
+            reach["tls"] = Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
+        return reach
 
 
-_TEXTS = ("address", "tenant", "event_log")
+_TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
+_TEXTS = ("address", "tenant", "event_log", "transport", *_TLS)
 _FLAGS = ("push",)
-_LEAST = {"block_tokens": 1, "load_deadline_ms": 1, "jobs_max": 1}
+_LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}
 
 
 def _check(name: str, value: object) -> None:

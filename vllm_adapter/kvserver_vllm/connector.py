@@ -86,6 +86,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             name=name,
             lookup_s=max(self._settings.lookup_ms, 1) / 1e3,
             log=self._log,
+            reach=self._settings.reach(),
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None

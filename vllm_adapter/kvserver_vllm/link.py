@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -37,13 +37,16 @@ class HubLink:
     """Use `HubLink.shared`; each holder calls `close` once."""
 
     def __init__(
-        self, address: str, tenant: str, name: str, lookup_s: float, log: EventLog
-    ) -> None:
+        self, address: str, tenant: str, name: str, lookup_s: float, log: EventLog,
+        reach: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """`reach`: further arguments of `AsyncClient.connect`, about transport and TLS."""
         self.address = address
         self.tenant = tenant
         self._name = name
         self._lookup_s = lookup_s
         self._log = log
+        self._reach = dict(reach or {})
         self._holders = 0
         self._client: AsyncClient | None = None
         self._suspect = False
@@ -57,13 +60,14 @@ class HubLink:
 
     @classmethod
     def shared(
-        cls, address: str, *, tenant: str, name: str, lookup_s: float, log: EventLog
-    ) -> HubLink:
+        cls, address: str, *, tenant: str, name: str, lookup_s: float, log: EventLog,
+        reach: Mapping[str, Any] | None = None,
+    ) -> HubLink:  # fmt: skip
         """The process's link to this hub, started if it is new."""
         with _links_lock:
             link = _links.get((address, tenant))
             if link is None:
-                link = cls(address, tenant, name, lookup_s, log)
+                link = cls(address, tenant, name, lookup_s, log, reach)
                 link._thread.start()
                 _links[address, tenant] = link
             link._holders += 1
@@ -220,9 +224,14 @@ class HubLink:
             try:
                 if self._client is None:
                     self._client = await AsyncClient.connect(
-                        self.address, name=self._name, tenant=self.tenant, deadline_s=CALL_S
+                        self.address,
+                        name=self._name,
+                        tenant=self.tenant,
+                        deadline_s=CALL_S,
+                        **self._reach,
                     )
-                    self._log.write("connected", address=self.address)
+                    transport = self._client.transport
+                    self._log.write("connected", address=self.address, transport=transport)
                     await self._open_greeting()
                 elif self._suspect:
                     async with asyncio.timeout(PROBE_S):

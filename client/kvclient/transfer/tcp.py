@@ -11,7 +11,8 @@ Rules:
  2. A cancelled put or get ends its connections and returns when its threads have let go of the
     caller's memory.
  3. A broken connection costs one repetition of what was not answered, over a new one.
- 4. No thread waits longer than STALL_S for a peer that neither takes nor gives a byte.
+ 4. No thread waits longer than STALL_S for a peer that neither takes nor gives a byte, or DIAL_S
+    for a connection.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ SHARE_BYTES_MIN = 4 << 20  # less is not worth a second connection
 ANSWERS_MAX = 256  # asked for and not taken yet: their heads fit into any socket buffer
 READS_AHEAD = 16
 STALL_S = 10.0
+DIAL_S = 5.0
+_PAUSE_S = 0.001
 _BUFFERS_MAX = 512  # of one sendmsg
 _TIMEVAL = struct.Struct("@ll")
 _BROKEN = (OSError, FrameError)
@@ -131,6 +134,14 @@ class _Job:
         finally:
             with self._lock:
                 self._wires.discard(wire)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread may still touch the caller's memory. Once stopped and not busy, it stays
+        so: who dials meanwhile finds out in `using`.
+        """
+        with self._lock:
+            return bool(self._wires)
 
     def stop(self) -> None:
         with self._lock:
@@ -225,9 +236,9 @@ class TcpTransfer:
             results = await asyncio.shield(waiting)
         except asyncio.CancelledError:
             job.stop()
-            while not waiting.done():
+            while job.busy:
                 with suppress(asyncio.CancelledError):
-                    await asyncio.wait([waiting])
+                    await asyncio.sleep(_PAUSE_S)
             raise
         for result in results:
             if isinstance(result, BaseException):
@@ -260,7 +271,7 @@ class TcpTransfer:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return self._dial(STALL_S)
+        return self._dial(DIAL_S)
 
     def _keep(self, wire: Wire) -> None:
         with self._lock:
