@@ -49,6 +49,7 @@ from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
+from kvserver.transfer.base import TransferError
 from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
@@ -60,6 +61,7 @@ BARRED_MAX = 4096  # settled move numbers that are remembered one by one
 SWEEP_S = 0.5
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
 ATTACH_S = 10.0
+START_S = 60.0  # an agent that registers a large arena for RDMA pins all of it
 
 
 @dataclass(eq=False, slots=True)
@@ -131,7 +133,11 @@ class Moves:
     async def start(self, agent: NixlAgent) -> None:
         self._loop = asyncio.get_running_loop()
         self._agent = agent
-        await asyncio.wrap_future(agent.start())
+        try:
+            async with asyncio.timeout(START_S):
+                await asyncio.wrap_future(agent.start())
+        except TimeoutError as error:
+            raise TransferError(f"nixl: no agent within {START_S} s") from error
         self._sweeper = self._loop.create_task(self._sweep(), name="nixl-sweep")
 
     async def close(self) -> None:

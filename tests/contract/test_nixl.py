@@ -173,6 +173,16 @@ async def test_without_nixl_on_offer(tmp_path_factory: pytest.TempPathFactory) -
         await AsyncClient.connect(server.address, transport="nixl")
 
 
+async def test_a_client_without_the_library(
+    hub: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixlib, "_bindings", None)
+    monkeypatch.setattr(nixlib, "_MODULES", ("nixl_cu99",))
+    with pytest.raises(Unsupported, match="NIXL cannot be imported"):
+        await AsyncClient.connect(hub.address, transport="nixl")
+    assert [s.client_name for s in hub.stats().sessions] == [], "it said goodbye"
+
+
 async def test_a_layer_that_no_extent_holds(hub: ServerProcess) -> None:
     blocks = fresh(layers=1, heads=2, page_bytes=65_536)
     async with AsyncClient.connect(hub.address, transport="nixl", staging_bytes=1 << 20) as client:
