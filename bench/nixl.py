@@ -50,6 +50,7 @@ def bare_process() -> None:
         file.truncate(int(size))
         mine = np.frombuffer(mmap.mmap(file.fileno(), int(size)), np.uint8)
     mine[:] = 0
+    rng = np.random.default_rng(5)
     agent = Agent("bare-hub", backend="UCX", params={}, progress=False)
     agent.register(int(mine.ctypes.data), mine.nbytes, Memory.DRAM)
     peer = agent.add_peer(bytes.fromhex(metadata))
@@ -57,8 +58,10 @@ def bare_process() -> None:
     for line in sys.stdin:
         word, pieces, piece, times = line.split()
         starts = np.arange(int(pieces), dtype=np.uint64) * np.uint64(piece)
+        # Slots are where they are: a set of its own each time, out of all of the memory.
+        slots = rng.permutation(len(mine) // int(piece))[: int(pieces)].astype(np.uint64)
         posts = cut(
-            starts + np.uint64(mine.ctypes.data), starts + np.uint64(base),
+            slots * np.uint64(piece) + np.uint64(mine.ctypes.data), starts + np.uint64(base),
             np.full(int(pieces), int(piece), np.uint64), np.arange(int(pieces)), device=0,
         )  # fmt: skip
         began = time.perf_counter()
@@ -76,7 +79,7 @@ def bare_process() -> None:
 
 
 class Bare:
-    def __init__(self, transfer: NixlTransfer) -> None:
+    def __init__(self, transfer: NixlTransfer, memory_bytes: int) -> None:
         ring = transfer._ring
         assert ring is not None
         assert transfer._agent is not None
@@ -84,7 +87,7 @@ class Bare:
             [sys.executable, "-m", "bench.nixl", "--bare"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._ask(f"{transfer._agent.metadata().hex()} {ring.address} {ring.bytes.nbytes}")
+        self._ask(f"{transfer._agent.metadata().hex()} {ring.address} {memory_bytes}")
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -149,7 +152,7 @@ async def measure(rounds: int, block_bytes: int, batch: int, ahead: int) -> None
         assert isinstance(transfer, NixlTransfer)
         ring = transfer._ring
         assert ring is not None
-        bare = Bare(transfer)
+        bare = Bare(transfer, host_bytes)
         pieces = min(batch, ring.bytes.nbytes // blocks.payload_bytes)
         shape = {"pieces": pieces, "piece_bytes": blocks.payload_bytes, "times": batch // pieces}
         namespace = await client.open_namespace(blocks.spec)

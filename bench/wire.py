@@ -2,7 +2,9 @@
 
 Method. The client process pushes or pulls batches of 8 MiB blocks over ONE connection; before each
 sample the same number of bytes goes through a bare loopback socket between two processes, 1 MiB a
-call, in the same direction. The median of the pairwise ratios is the figure. A push and a pull
+call, in the same direction, between memory of the same kinds: the client's blocks, and a resident
+shared mapping of which random extents are used, as a hub's arena is. The median of the pairwise
+ratios is the figure. A push and a pull
 include everything: the gRPC calls, a checksum of each cell on both sides, the check of the root.
 
 Control calls: a lookup of 1,024 keys and an empty call, in turns, 20 pairs a second, first with the
@@ -84,7 +86,8 @@ def measure_tcp(
         }  # fmt: skip
         fleet.one("connect", **connect)
         port = fleet.one("bare_listen", worker=1)
-        fleet.begin("bare_open", worker=1, port=0)
+        fleet.one("prepare", worker=1, block_bytes=plan.block_bytes)
+        fleet.begin("bare_open", worker=1, port=0, arena_bytes=6 * BATCH * plan.block_bytes)
         fleet.one("bare_open", port=port)
         fleet.result(worker=1)
         known = fleet.one("publish", count=4 * BATCH, batch=BATCH)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
 import socket
 import time
@@ -157,32 +158,49 @@ class Worker:
 
     # ---- a bare socket, to compare with --------------------------------------------------------
 
+    def prepare(self, *, block_bytes: int) -> None:
+        """For a worker that is no client."""
+        self._rng = np.random.default_rng()
+        self._block_bytes = block_bytes
+
     def bare_listen(self) -> int:
         """Wait for one connection, in the background; the port."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         port: int = self._listener.getsockname()[1]
         return port
 
-    def bare_open(self, *, port: int) -> None:
-        """Connect to `port`; 0 accepts what connected to `bare_listen`."""
+    def bare_open(self, *, port: int, arena_bytes: int = 0) -> None:
+        """Connect to `port`; 0 accepts what connected to `bare_listen`.
+
+        With `arena_bytes` the bytes come from and go to memory like a hub's: a resident shared
+        mapping of that size, 8 MiB extents of it in random order.
+        """
         if port:
             self._bare = socket.create_connection(("127.0.0.1", port))
         else:
             with self._listener:
                 self._bare, _ = self._listener.accept()
         self._bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._bare_memory = np.ones(BARE_BYTES, np.uint8)
+        if arena_bytes:
+            self._bare_memory = np.frombuffer(mmap.mmap(-1, arena_bytes), np.uint8)
+        else:
+            self._bare_memory = np.empty(BARE_BYTES, np.uint8)
+        self._bare_memory[:] = 1
 
     def plan_bare(self, *, sends: bool) -> None:
         """BARE_BYTES through the connection, BARE_CALL_BYTES a call."""
         view, bare = self._bare_memory.data, self._bare
+        extents = self._draw(len(view) // self._block_bytes, BARE_BYTES // self._block_bytes)
 
         def job() -> Timing:
             began = time.monotonic()
-            done = 0
-            while done < BARE_BYTES:
-                part = view[done : done + BARE_CALL_BYTES]
-                done += bare.send(part) if sends else bare.recv_into(part, 0, socket.MSG_WAITALL)
+            for extent in extents:
+                done, end = extent * self._block_bytes, (extent + 1) * self._block_bytes
+                while done < end:
+                    part = view[done : min(done + BARE_CALL_BYTES, end)]
+                    done += (
+                        bare.send(part) if sends else bare.recv_into(part, 0, socket.MSG_WAITALL)
+                    )
             return Timing(began, time.monotonic())
 
         self._job = job

@@ -31,6 +31,7 @@ from grpc_reflection.v1alpha import reflection
 
 import kvserver
 from kvproto.errors import FieldError
+from kvproto.rdma import rdma_devices
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.bounds import hub_config, limits_of
@@ -408,8 +409,8 @@ class Server:
         if self.settings.shm_allowed(session.tenant):
             offers.append(pb.TransportOffer(name=self._shm.name, address=self._shm.address))
         if self.node.moves is not None:
-            backend = {"backend": self.settings.nixl_backend}
-            offers.append(pb.TransportOffer(name="nixl", options=backend))
+            told = {"backend": self.settings.nixl_backend, "rdma": ",".join(rdma_devices())}
+            offers.append(pb.TransportOffer(name="nixl", options=told))
         if self._tcp is not None:
             address, options = self._tcp.offer
             offers.append(pb.TransportOffer(name=self._tcp.name, address=address, options=options))

@@ -93,8 +93,8 @@ class AsyncClient:
         name          shown in the hub's stats, at most 128 bytes
         tenant        default "": the default tenant
         deadline_s    deadline of each call that names none of its own, default 10
-        transport     how bytes move: "auto" (default), "shm" (on the hub's host), "tcp", or "nixl"
-                      (RDMA), which is taken only when it is named
+        transport     how bytes move: "shm" (on the hub's host), "tcp", "nixl" (RDMA), or "auto"
+                      (default): shm, else nixl where both sides have RDMA, else tcp
         read_only     maps the arena for reading only; default False
         join_token    `token` of a client whose session this one joins as a further rank: leases
                       of one rank's lookup then hold for all. Default: a session of its own

@@ -49,6 +49,7 @@ from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
+from kvserver.transfer.base import TransferError
 from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
@@ -56,10 +57,11 @@ KEY_BYTES = 16
 EXTENTS_MAX = 1024
 MOVES_PER_CLIENT_MAX = 32
 MOVE_BYTES_MAX = 256 << 20
-BARRED_MAX = 65_536  # move numbers settled before they arrived
+BARRED_MAX = 4096  # settled move numbers that are remembered one by one
 SWEEP_S = 0.5
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
 ATTACH_S = 10.0
+START_S = 60.0  # an agent that registers a large arena for RDMA pins all of it
 
 
 @dataclass(eq=False, slots=True)
@@ -79,9 +81,21 @@ class Attachment:
     memory: Memory
     device: int
     moves: dict[int, _Move] = field(default_factory=dict)
-    used: int = 0  # the largest move number
     barred: set[int] = field(default_factory=set)
+    floor: int = 0  # every number up to here is barred as well
     lost: bool = False  # the agent was rebuilt: attach again
+
+    def bar(self, numbers: Sequence[int]) -> None:
+        """These start nothing from now on. Of too many the older half becomes the floor: a Move
+        that is refused for it fails, which is safe.
+        """
+        self.barred.update(numbers)
+        if len(self.barred) > BARRED_MAX:
+            self.floor = max(self.floor, sorted(self.barred)[len(self.barred) // 2])
+            self.barred = {number for number in self.barred if number > self.floor}
+
+    def takes(self, number: int) -> bool:
+        return number > self.floor and number not in self.barred and number not in self.moves
 
 
 class Moves:
@@ -119,7 +133,11 @@ class Moves:
     async def start(self, agent: NixlAgent) -> None:
         self._loop = asyncio.get_running_loop()
         self._agent = agent
-        await asyncio.wrap_future(agent.start())
+        try:
+            async with asyncio.timeout(START_S):
+                await asyncio.wrap_future(agent.start())
+        except TimeoutError as error:
+            raise TransferError(f"nixl: no agent within {START_S} s") from error
         self._sweeper = self._loop.create_task(self._sweep(), name="nixl-sweep")
 
     async def close(self) -> None:
@@ -234,7 +252,7 @@ class Moves:
             order = move.order
             if order.op is not Op.WRITE or not order.region.intersects(region):
                 continue
-            written = {item.place.offset for item in order.items}
+            written = {place.offset for place in order.places}
             if written & self._driver.hub.offsets_of(reservation, indices):
                 text = f"move {order.number} into these cells still runs"
                 raise CoreError(ErrorKind.CONFLICT, text, field="indices")
@@ -261,7 +279,6 @@ class Moves:
             text = f"client {client} is not attached: attach, then move"
             raise CoreError(ErrorKind.UNAVAILABLE, text, field="attach")
         self._check(attachment, order)
-        attachment.used = max(attachment.used, order.number)
         statuses = self._admit(session, client, attachment, order)
         move = self._begin(attachment, order, statuses)
         self.moves += 1
@@ -291,7 +308,7 @@ class Moves:
         return Moved(statuses, trailers, terminal)
 
     def _check(self, attachment: Attachment, order: Order) -> None:
-        if order.number in attachment.moves or order.number in attachment.barred:
+        if not attachment.takes(order.number):
             raise _invalid("move", f"number {order.number} is settled or in use")
         if len(attachment.moves) >= MOVES_PER_CLIENT_MAX:
             text = f"{MOVES_PER_CLIENT_MAX} moves of client {attachment.client} run already"
@@ -301,19 +318,13 @@ class Moves:
         if order.payload_bytes > MOVE_BYTES_MAX:
             text = f"{order.payload_bytes} bytes in one move, at most {MOVE_BYTES_MAX}"
             raise CoreError(ErrorKind.LIMIT, text, field="move_bytes_max", limit=MOVE_BYTES_MAX)
-        starts = attachment.extents[:, 0]
-        for item in order.items:
-            piece = np.uint64(order.region.cells * item.place.cell_bytes // len(item.pieces))
-            at = item.pieces[:, None]
-            inside = (at >= starts) & (at + piece <= starts + attachment.extents[:, 1])
-            if not (inside.any(axis=1) & (item.pieces + piece > item.pieces)).all():
-                raise _invalid("addresses", "outside what the client attached")
+        if not order.within(attachment.extents):
+            raise _invalid("addresses", "outside what the client attached")
 
     def _admit(self, session: Session, client: int, attachment: Attachment, order: Order) -> Bytes:
         """OK, STALE or DENIED for each item, before anything moves (rule 2)."""
-        statuses = np.zeros(len(order.items), np.uint8)
-        for at, item in enumerate(order.items):
-            place = item.place
+        statuses = np.zeros(len(order.places), np.uint8)
+        for at, place in enumerate(order.places):
             used = place.payload_bytes + place.trailer_bytes
             if not self._permits.check(order.op, client, place):
                 statuses[at] = Status.DENIED
@@ -345,7 +356,6 @@ class Moves:
         agent, loop = self._agent, self._loop
         assert agent is not None
         assert loop is not None
-        items = order.items
         admitted = np.flatnonzero(statuses == Status.OK).tolist()
         posts = order.posts(admitted, base=agent.base, device=attachment.device)
 
@@ -357,8 +367,8 @@ class Moves:
             read=order.op is Op.WRITE,
             memory=attachment.memory,
             posts=posts,
-            outcomes=np.zeros(len(items), np.uint8),
-            current=lambda at: self._current(order.op, items[at].place),
+            outcomes=np.zeros(len(order.places), np.uint8),
+            current=lambda at: self._current(order.op, order.places[at]),
             before_post=lambda: failpoints.hit("nixl.post"),
             ended=ended,
         )
@@ -383,15 +393,14 @@ class Moves:
         for at in await self._loop.run_in_executor(
             self._hashing, order.corrupt, self._host.slot, good
         ):
-            current = self._current(order.op, order.items[at].place)
+            current = self._current(order.op, order.places[at])
             statuses[at] = Status.CORRUPT if current else Status.STALE
             self.items_corrupt += current
 
     def _trailers(self, order: Order, statuses: Bytes) -> bytes:
         """Each slot's trailer, read while its generation stands; zeros where it does not."""
         parts = []
-        for at, item in enumerate(order.items):
-            place = item.place
+        for at, place in enumerate(order.places):
             trailer = bytes(place.trailer_bytes)
             if statuses[at] == Status.OK:
                 start = place.offset + place.payload_bytes
@@ -413,13 +422,7 @@ class Moves:
             return [False] * len(numbers)
         if not hmac.compare_digest(attachment.key, key):
             raise _invalid("key", "not the one of this client's Attach")
-        fresh = [number for number in numbers if number > attachment.used]
-        if len(attachment.barred) + len(fresh) > BARRED_MAX:
-            raise CoreError(
-                ErrorKind.LIMIT, "too many moves were settled before they came",
-                field="moves", limit=BARRED_MAX,
-            )  # fmt: skip
-        attachment.barred.update(numbers)
+        attachment.bar(numbers)
         running = [attachment.moves[n] for n in numbers if n in attachment.moves]
         for move in running:
             move.job.stop()

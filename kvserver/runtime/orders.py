@@ -23,54 +23,79 @@ Numbers = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A slot of a Move; `pieces` are the client's addresses of the region's pieces."""
-
-    place: Place
-    pieces: Numbers
-
-
-@dataclass(frozen=True, slots=True)
 class Order:
-    """What one Move asks for. `checksums` [items, cells of the region] of a WRITE."""
+    """What one Move asks for: a region of granted slots.
+
+    `addresses` [places, pieces]: where the client has the pieces of each region: one, one a layer,
+    or one a cell. `checksums` [places, cells of the region] of a WRITE.
+    """
 
     number: int
     op: Op
     region: Region
-    items: Sequence[Item]
+    places: Sequence[Place]
+    addresses: Numbers
     checksums: Numbers | None
     deadline_s: float
 
     @property
     def payload_bytes(self) -> int:
-        return sum(self.region.cells * item.place.cell_bytes for item in self.items)
+        return sum(self.region.cells * place.cell_bytes for place in self.places)
+
+    def within(self, extents: Numbers) -> bool:
+        """Whether every piece lies within one of the client's extents [n, 2] (address, bytes)."""
+        pieces = self.addresses.shape[1]
+        sizes = np.array(
+            [self.region.cells * place.cell_bytes // pieces for place in self.places], np.uint64
+        )
+        start = self.addresses[:, :, None]
+        stop = (self.addresses + sizes[:, None])[:, :, None]
+        inside = (start >= extents[:, 0]) & (stop <= extents[:, 0] + extents[:, 1])
+        return bool((inside.any(axis=2) & (stop > start)[:, :, 0]).all())
+
+    def pieces(self, chosen: Sequence[int]) -> tuple[Numbers, Numbers, Numbers]:
+        """Of these places: offsets in the arena and addresses of the client, both [chosen, n], and
+        bytes of a piece [chosen]. n is as small as both sides' gaps allow.
+        """
+        region, places = self.region, [self.places[at] for at in chosen]
+        theirs = self.addresses[list(chosen)]
+        grid = places[0]  # layers and heads are those of the whole call
+        cell = np.array([place.cell_bytes for place in places], np.uint64)[:, None]
+        first = np.uint64(region.layer_start * grid.heads + region.head_start)
+        begin = np.array([place.offset for place in places], np.uint64)[:, None] + first * cell
+        told = theirs.shape[1]
+        dense = region.heads == grid.heads or region.layers == 1
+        count = told if dense else max(told, region.layers)
+        length = cell * np.uint64(region.cells) // np.uint64(count)
+        nth = np.arange(count, dtype=np.uint64)
+        if dense:
+            return begin + nth * length, theirs, length[:, 0]
+        a_layer, a_piece = np.uint64(count // region.layers), np.uint64(count // told)
+        ours = begin + nth // a_layer * (np.uint64(grid.heads) * cell) + nth % a_layer * length
+        theirs = theirs[:, (nth // a_piece).astype(np.intp)] + nth % a_piece * length
+        return ours, theirs, length[:, 0]
 
     def posts(self, chosen: Sequence[int], *, base: int, device: int) -> list[Post]:
-        """What the agent has to post for these items; the arena's data begins at `base`."""
-        local, remote, lengths, whose = [], [], [], []
-        for at in chosen:
-            ours, theirs, length = pieces_of(self.items[at], self.region)
-            local.append(ours + np.uint64(base))
-            remote.append(theirs)
-            lengths.append(np.full(len(ours), length, np.uint64))
-            whose.append(np.full(len(ours), at, np.int64))
-        if not local:
+        """What the agent has to post for these places; the arena's data begins at `base`."""
+        if not chosen:
             return []
+        ours, theirs, length = self.pieces(chosen)
+        count = ours.shape[1]
         return cut(
-            np.concatenate(local),
-            np.concatenate(remote),
-            np.concatenate(lengths),
-            np.concatenate(whose),
+            ours.reshape(-1) + np.uint64(base),
+            theirs.reshape(-1),
+            np.repeat(length, count),
+            np.repeat(np.array(chosen, np.int64), count),
             device=device,
         )
 
     def corrupt(self, slot: Callable[[int, int], Bytes], chosen: Sequence[int]) -> list[int]:
-        """Which of these items of a WRITE do not match their checksums as they stand in the arena.
+        """Which of these places of a WRITE do not match their checksums as they stand in the arena.
         `slot(offset, bytes)` gives a view of it."""
         assert self.checksums is not None
         region, wrong = self.region, []
         for at in chosen:
-            place = self.items[at].place
+            place = self.places[at]
             view = slot(place.offset, place.payload_bytes)
             cells = view.reshape(place.layers, place.heads, place.cell_bytes)
             part = cells[
@@ -86,23 +111,3 @@ class Moved:
     statuses: Bytes
     trailers: bytes
     terminal: bool
-
-
-def pieces_of(item: Item, region: Region) -> tuple[Numbers, Numbers, int]:
-    """Offsets in the arena, addresses of the client, and bytes of each piece of an item."""
-    place, count = item.place, len(item.pieces)
-    total = region.cells * place.cell_bytes
-    dense = region.heads == place.heads or region.layers == 1
-    first = (region.layer_start * place.heads + region.head_start) * place.cell_bytes
-    if dense:
-        length = total // count
-        ours = np.arange(count, dtype=np.uint64) * np.uint64(length)
-        return ours + np.uint64(place.offset + first), item.pieces, length
-    count = max(count, region.layers)
-    length = total // count
-    nth = np.arange(count, dtype=np.uint64)
-    per_layer, per_piece = np.uint64(count // region.layers), np.uint64(count // len(item.pieces))
-    row = np.uint64(place.heads * place.cell_bytes)
-    ours = nth // per_layer * row + nth % per_layer * np.uint64(length)
-    theirs = item.pieces[(nth // per_piece).astype(np.intp)] + nth % per_piece * np.uint64(length)
-    return ours + np.uint64(place.offset + first), theirs, length

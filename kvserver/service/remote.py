@@ -17,7 +17,7 @@ from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime.moves import KEY_BYTES, MOVE_BYTES_MAX, Moves
 from kvserver.runtime.node import Node
-from kvserver.runtime.orders import Item, Order
+from kvserver.runtime.orders import Order
 from kvserver.service import convert
 from kvserver.service.calls import Servicer, unary
 
@@ -126,15 +126,20 @@ def order_from(request: pb.MoveRequest, limits: pb.Limits) -> Order:
             .astype(np.uint64)
             .reshape(count, region.cells)
         )
-    rows = addresses.astype(np.uint64).reshape(count, -1)
-    items = [
-        Item(
-            Place(
-                holds[at], offsets[at], generations[at], cell_bytes[at], layers, heads, granted,
-                request.permits[at * PERMIT_BYTES : (at + 1) * PERMIT_BYTES],
-            ),
-            rows[at],
+    permits = request.permits
+    places = [
+        Place(
+            holds[at], offsets[at], generations[at], cell_bytes[at], layers, heads, granted,
+            permits[at * PERMIT_BYTES : (at + 1) * PERMIT_BYTES],
         )
         for at in range(count)
     ]  # fmt: skip
-    return Order(request.move, Op(request.op), region, items, checksums, request.deadline_ms / 1000)
+    return Order(
+        request.move,
+        Op(request.op),
+        region,
+        places,
+        addresses.astype(np.uint64).reshape(count, -1),
+        checksums,
+        request.deadline_ms / 1000,
+    )

@@ -20,7 +20,7 @@ from kvproto.frames import Status
 from kvproto.grid import Grid, Region
 from kvproto.v1 import kvserver_pb2 as pb
 from tests.contract.oracle import check_all, fresh
-from tests.support.server import ServerProcess, start_server
+from tests.support.server import ServerError, ServerProcess, start_server
 
 pytestmark = pytest.mark.skipif(
     not nixlib.available(), reason="NIXL is not installed (pip install --no-deps nixl-cu12)"
@@ -171,6 +171,16 @@ async def test_without_nixl_on_offer(tmp_path_factory: pytest.TempPathFactory) -
         pytest.raises(Unsupported, match="this client wants nixl"),
     ):
         await AsyncClient.connect(server.address, transport="nixl")
+
+
+async def test_a_client_without_the_library(
+    hub: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixlib, "_bindings", None)
+    monkeypatch.setattr(nixlib, "_MODULES", ("nixl_cu99",))
+    with pytest.raises(Unsupported, match="NIXL cannot be imported"):
+        await AsyncClient.connect(hub.address, transport="nixl")
+    assert [s.client_name for s in hub.stats().sessions] == [], "it said goodbye"
 
 
 async def test_a_layer_that_no_extent_holds(hub: ServerProcess) -> None:
@@ -352,9 +362,24 @@ async def test_moves_that_were_settled_before_they_came_start_nothing(
     with pytest.raises(InvalidArgument, match="settled or in use"):
         await moved(client, move=4711)
     assert counters(hub)["nixl_posts"] == posts
+    for start in range(0, 12_000, 4000):  # more than are remembered one by one
+        request.moves = np.arange(5000 + start, 9000 + start, dtype="<u8").tobytes()
+        await client.session.rpc("Settle", request, Deadline(5))
+    for number in (4711, 5000, 9000, 16_999):
+        with pytest.raises(InvalidArgument, match="settled or in use"):
+            await moved(client, move=number)
+    assert (await moved(client, move=17_000)).terminal
     request.key = os.urandom(16)
     with pytest.raises(InvalidArgument):
         await client.session.rpc("Settle", request, Deadline(5))
+
+
+async def test_a_backend_that_does_not_exist(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(ServerError, match="NIXL has no backend 'NOPE'"):
+        start_server(
+            tmp_path_factory.mktemp("nope"), host_bytes="8MiB", nixl_enabled="true",
+            nixl_backend="NOPE",
+        )  # fmt: skip
 
 
 async def test_a_move_larger_than_the_limit(client: AsyncClient) -> None:

@@ -3,8 +3,11 @@
 `auto` takes the first of these that the hub offers and this process can open:
 
     shm    this process sees the hub's socket: one host, and the hub trusts the tenant
-    nixl   only where it was asked for by name: it pays with RDMA or GPU memory, and says so itself
+    nixl   both sides have NIXL and an RDMA device
     tcp    everywhere else
+
+Without RDMA, NIXL moves over the same sockets as tcp and costs more: then it is taken only where it
+is asked for by name.
 
 Rule 1: a transport that was named is opened, or the connection fails.
 Rule 2: with `auto`, what was offered and could not be opened is told in the error of the last.
@@ -17,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
 from kvclient.timing import Deadline
+from kvclient.tls import Tls
 from kvclient.transfer import nixl, shm, tcp
 from kvclient.transfer.base import Transfer
+from kvproto import nixlib
+from kvproto.rdma import rdma_devices
 
 if TYPE_CHECKING:
     from kvclient.session import Options
 
-AUTOMATIC = ("shm", "tcp")  # what `auto` tries, best first
-TRANSPORTS = (*AUTOMATIC, "nixl")  # what this client speaks
+TRANSPORTS = ("shm", "nixl", "tcp")  # what this client speaks, best first
 Message = Any
 
 
@@ -37,8 +42,10 @@ async def open_transfer(
     """
     offers = {offer.name: offer for offer in hello.transports}
     where = f"the hub at {options.address} offers {', '.join(offers) or 'no transport'}"
-    wanted = AUTOMATIC if options.transport == "auto" else (options.transport,)
+    wanted = TRANSPORTS if options.transport == "auto" else (options.transport,)
     usable = [name for name in wanted if name in offers]
+    if options.transport == "auto" and not _has_rdma(offers.get("nixl")):
+        usable = [name for name in usable if name != "nixl"]
     if not usable:
         raise Unsupported(f"{where}; this client wants {' or '.join(wanted)}")
     failures: list[str] = []
@@ -60,6 +67,26 @@ async def open_transfer(
             raise Unavailable(f"the hub at {options.address} was restarted during the handshake")
         return transfer
     raise AssertionError("unreachable")
+
+
+def _has_rdma(offer: Message | None) -> bool:
+    """Whether NIXL would move by RDMA: both sides have a device, and this one the library."""
+    return (
+        offer is not None
+        and bool(offer.options.get("rdma"))
+        and bool(rdma_devices())
+        and nixlib.available()
+    )
+
+
+def _tls(options: Options, offer: Message) -> Tls | None:
+    """What the data port speaks. Unsupported where only one side does."""
+    offered = bool(offer.options.get("tls"))
+    if offered and options.tls is None:
+        raise Unsupported("its data port speaks TLS, and this client has no `tls`", field="tls")
+    if options.tls is not None and not offered:
+        raise Unsupported("its data port speaks no TLS, and this client asks for it", field="tls")
+    return options.tls
 
 
 async def _open(
@@ -91,6 +118,6 @@ async def _open(
         client=hello.client,
         token=hello.token,
         connections=options.connections,
-        tls=options.tls if offer.options.get("tls") else None,
+        tls=_tls(options, offer),
         deadline_s=left,
     )

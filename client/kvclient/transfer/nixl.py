@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kvclient.copying import Copier, Outcome, Piece, Reading, Writing, copy_cells
-from kvclient.errors import KVError, Unavailable, Unsupported
+from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
 from kvclient.timing import Deadline
 from kvclient.transfer.base import Bytes
 from kvclient.transfer.ring import Orphan, Ring, orphans
@@ -355,7 +355,10 @@ async def open_nixl(
         return agent, ring
 
     try:
-        agent, ring = await asyncio.to_thread(make)
+        async with asyncio.timeout(max(deadline.left(), 1e-3)):
+            agent, ring = await asyncio.to_thread(make)
+    except TimeoutError as error:
+        raise DeadlineExceeded("no NIXL agent in time", field="deadline_s") from error
     except nixlib.NixlError as error:
         raise Unsupported(str(error)) from error
     transfer = NixlTransfer(hello, agent, ring, backend=backend, rpc=rpc)

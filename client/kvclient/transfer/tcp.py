@@ -18,11 +18,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import socket
-import ssl
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,9 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvclient.copying import Checksums, Copier, Outcome, Reading, Writing
-from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
+from kvclient.errors import KVError, Unavailable
 from kvclient.tls import Tls
 from kvclient.transfer.base import Bytes
+from kvclient.transfer.wire import BROKEN, Wire, dial
 from kvproto import frames
 from kvproto.checksum import grid_checksums
 from kvproto.frames import FrameError, Op, Place, Request, Status
@@ -40,60 +38,11 @@ from kvproto.grid import Region
 
 FRAME_BYTES = 4 << 20
 CHUNK_BYTES = 512 << 10  # hashed while the next one arrives
-SOCKET_BYTES = 4 << 20
 SHARE_BYTES_MIN = 4 << 20  # less is not worth a second connection
 ANSWERS_MAX = 256  # asked for and not taken yet: their heads fit into any socket buffer
 READS_AHEAD = 16
-STALL_S = 10.0
 DIAL_S = 5.0
 _PAUSE_S = 0.001
-_BUFFERS_MAX = 512  # of one sendmsg
-_TIMEVAL = struct.Struct("@ll")
-_BROKEN = (OSError, FrameError)
-
-
-class Wire:
-    """One connection after its hello. Used by one thread at a time; `shutdown` by any."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._tls = isinstance(connection, ssl.SSLSocket)
-
-    def send(self, buffers: Sequence[memoryview | bytes]) -> None:
-        if self._tls:
-            for buffer in buffers:
-                self._socket.sendall(buffer)
-            return
-        left = [memoryview(buffer).cast("B") for buffer in buffers]
-        while left:
-            sent = self._socket.sendmsg(left[:_BUFFERS_MAX])
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = left[0][sent:]
-
-    def fill(self, view: memoryview) -> None:
-        """Receive exactly what fits into `view`."""
-        flags = 0 if self._tls else socket.MSG_WAITALL
-        while view:
-            count = self._socket.recv_into(view, 0, flags)
-            if not count:
-                raise ConnectionResetError("the hub hung up")
-            view = view[count:]
-
-    def take(self, length: int) -> bytes:
-        raw = bytearray(length)
-        self.fill(memoryview(raw))
-        return bytes(raw)
-
-    def shutdown(self) -> None:
-        """Whoever is in `send` or `fill` gets an error, at once."""
-        with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._socket.close()
 
 
 @dataclass(slots=True)
@@ -259,7 +208,7 @@ class TcpTransfer:
             try:
                 with job.using(wire):
                     share(wire, left)
-            except _BROKEN:
+            except BROKEN:
                 wire.close()
             except BaseException:
                 wire.close()
@@ -444,8 +393,8 @@ async def open_tcp(
     hello = frames.Hello(session, client, token)
     welcomes: list[frames.Welcome] = []
 
-    def dial(limit_s: float) -> Wire:
-        wire, welcome = _dial(address, hello, tls, limit_s)
+    def another(limit_s: float) -> Wire:
+        wire, welcome = dial(address, hello, tls, limit_s)
         if welcomes and welcome.epoch != welcomes[0].epoch:
             wire.close()
             raise Unavailable(f"another hub answers at {address}")
@@ -453,53 +402,5 @@ async def open_tcp(
         del welcomes[1:]
         return wire
 
-    first = await asyncio.to_thread(dial, deadline_s)
-    return TcpTransfer(address, welcomes[0], dial, first, connections)
-
-
-def _dial(
-    address: str, hello: frames.Hello, tls: Tls | None, limit_s: float
-) -> tuple[Wire, frames.Welcome]:
-    host, _, port = address.rpartition(":")
-    try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s)
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"no connection to {address} in time", field="deadline_s") from error
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"cannot connect to {address}: {error}") from error
-    try:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)
-        if tls is not None:
-            name = tls.name or host.strip("[]")
-            connection = tls.context().wrap_socket(connection, server_hostname=name)
-        # MSG_WAITALL fills a large buffer only on a socket without a Python timeout.
-        connection.settimeout(None)
-        _limit(connection, limit_s)
-        wire = Wire(connection)
-        wire.send([frames.encode_hello(hello)])
-        head = wire.take(frames.WELCOME_HEAD_BYTES)
-        welcome = frames.decode_welcome(head + wire.take(frames.welcome_text_bytes(head)))
-        _limit(connection, STALL_S)
-    except ssl.SSLError as error:
-        connection.close()
-        raise Unsupported(f"no TLS with {address}: {error}") from error
-    except BlockingIOError as error:
-        connection.close()
-        raise DeadlineExceeded(f"no welcome from {address} in time", field="deadline_s") from error
-    except _BROKEN as error:
-        connection.close()
-        raise Unavailable(f"the data port {address} broke off: {error}") from error
-    if welcome.status is not frames.HelloStatus.OK:
-        connection.close()
-        raise Unavailable(f"the data port {address} refuses: {welcome.text}")
-    return wire, welcome
-
-
-def _limit(connection: socket.socket, seconds: float) -> None:
-    whole = int(seconds)
-    packed = _TIMEVAL.pack(whole, max(int((seconds - whole) * 1e6), 0 if whole else 1000))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+    first = await asyncio.to_thread(another, deadline_s)
+    return TcpTransfer(address, welcomes[0], another, first, connections)

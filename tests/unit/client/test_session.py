@@ -103,7 +103,7 @@ async def test_no_transport_in_common_names_what_is_offered() -> None:
 
     error = await hello_through(offer)
     assert isinstance(error, errors.Unsupported)
-    assert "offers pigeon; this client wants shm or tcp" in str(error)
+    assert "offers pigeon; this client wants shm or nixl or tcp" in str(error)
 
 
 async def test_an_arena_of_another_host_is_unsupported() -> None:
