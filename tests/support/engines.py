@@ -110,10 +110,11 @@ class Engine:
         environment: Mapping[str, str] | None = None,
         log_path: Path | None = None,
         multiprocess: bool = False,
+        runner: Sequence[str] = (),
         **options: object,
     ) -> Engine:
         """Start the process without waiting; `wait_ready` does. `config` is kv_transfer_config,
-        `options` go to `vllm.LLM`."""
+        `options` go to `vllm.LLM`; `runner` stands before its command."""
         if log_path is None:
             handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
             os.close(handle)
@@ -143,7 +144,7 @@ class Engine:
             variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
         with log_path.open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, str(MAIN), json.dumps(settings)],
+                [*runner, sys.executable, str(MAIN), json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -62,8 +63,15 @@ class ServerError(AssertionError):
 class ServerProcess:
     """One server over its restarts: same ports, same directories."""
 
-    def __init__(self, tmp_path: Path, options: dict[str, object], failpoints: str) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        options: dict[str, object],
+        failpoints: str,
+        runner: Sequence[str] = (),
+    ) -> None:
         self.tmp_path = tmp_path
+        self._runner = runner
         self.options = {
             "listen": f"127.0.0.1:{free_port()}",
             "metrics_listen": f"127.0.0.1:{free_port()}",
@@ -91,7 +99,7 @@ class ServerProcess:
 
     def command(self) -> list[str]:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.options.items()]
-        return [sys.executable, "-m", "kvserver", "serve", *flags]
+        return [*self._runner, sys.executable, "-m", "kvserver", "serve", *flags]
 
     def start(self, *, wait: bool = True) -> Self:
         """Start the process and wait for its ready line."""
@@ -212,14 +220,20 @@ class ServerProcess:
 
 
 def start_server(
-    tmp_path: Path, *, failpoints: str = "", wait: bool = True, **options: object
+    tmp_path: Path,
+    *,
+    failpoints: str = "",
+    wait: bool = True,
+    runner: Sequence[str] = (),
+    **options: object,
 ) -> ServerProcess:
-    """A running server. `options` are those of `kvserver serve`, with underscores.
+    """A running server. `options` are those of `kvserver serve`, with underscores; `runner` stands
+    before its command and runs it in its own process.
 
     Where a port that was chosen here is taken meanwhile, it is started on others.
     """
     for left in reversed(range(START_TRIES)):
-        server = ServerProcess(tmp_path, options, failpoints)
+        server = ServerProcess(tmp_path, options, failpoints, runner)
         try:
             return server.start(wait=wait)
         except BaseException as error:
