@@ -240,7 +240,7 @@ def leave_on_disk_only(world: World, *, failpoints: str) -> None:
     wait_for("blocks on disk", spilled)
     server.terminate()
     (server.host_dir / "arena").unlink()
-    server.restart(failpoints=failpoints)
+    server.restart(failpoints=failpoints, data_threads=1)  # one, so that blocks come in order
     restarted = time.monotonic()
 
     def answered() -> bool:
