@@ -8,7 +8,9 @@ process to process (CMA).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,3 +175,15 @@ def test_the_bytes_crossed_the_network(world: World) -> None:
     sent, _ = world.network.moved("p")
     _, received = world.network.moved("d")
     assert min(sent, received) >= BYTES
+
+
+def test_nothing_is_left_of_a_network_that_failed() -> None:
+    if reason := netns.missing():
+        pytest.skip(reason)
+    network = Network("left")
+    with contextlib.suppress(ZeroDivisionError), network:
+        sleeper = subprocess.Popen([*network.runner("left"), "sleep", "60"])
+        assert network.exists
+        raise ZeroDivisionError
+    assert sleeper.wait(10) == -signal.SIGKILL
+    assert not network.exists

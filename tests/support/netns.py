@@ -15,6 +15,7 @@ Needs root and `ip` of iproute2: `missing` says what this machine lacks.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ PREFIX = "kvtest"
 DEVICE = "kv0"  # every host's interface; no host may be the bridge, which UCX leaves aside
 SUBNET = "198.18.0"  # of the range for tests of networks (RFC 2544)
 CALL_S = 10.0
+_numbers = itertools.count()
 
 
 class NetworkError(Exception):
@@ -49,7 +51,7 @@ class Network:
 
     def __init__(self, *hosts: str) -> None:
         self._hosts = hosts
-        self._switch = f"{PREFIX}-{os.getpid()}"
+        self._switch = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
 
     def address(self, host: str) -> str:
         return f"{SUBNET}.{1 + self._hosts.index(host)}"
@@ -65,6 +67,11 @@ class Network:
         (link,) = json.loads(told)
         counters: dict[str, Any] = link["stats64"]
         return int(counters["rx"]["bytes"]), int(counters["tx"]["bytes"])
+
+    @property
+    def exists(self) -> bool:
+        """Whether any namespace of it is there."""
+        return not {*map(self._name, self._hosts), self._switch}.isdisjoint(_existing())
 
     def _name(self, host: str) -> str:
         return f"{self._switch}-{host}"
@@ -106,10 +113,14 @@ class Network:
             _remove(name)
 
 
+def _existing() -> list[str]:
+    """Names of this machine's network namespaces."""
+    return [line.split()[0] for line in _ip("netns", "list").splitlines()]
+
+
 def _sweep() -> None:
     """Remove namespaces whose test process is gone."""
-    for line in _ip("netns", "list").splitlines():
-        name = line.split()[0]
+    for name in _existing():
         prefix, _, rest = name.partition("-")
         owner = rest.partition("-")[0]
         if prefix == PREFIX and owner.isdigit() and not Path("/proc", owner).exists():
@@ -121,6 +132,7 @@ def _remove(name: str) -> None:
         for pid in _ip("netns", "pids", name).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+    with contextlib.suppress(NetworkError):
         _ip("netns", "delete", name)
 
 
