@@ -9,7 +9,7 @@ server answers them in order. Requests may be pipelined. All integers are little
 
     request = u32 op | u32 tag | u64 hold | u64 offset | u64 generation | u64 cell_bytes
               | u32 layers | u32 heads | granted 4 x u32 | region 4 x u32 | permit[16]  (96 bytes)
-              WRITE is followed by cells(region) x u64 checksums, then by the cells
+              WRITE is followed by the cells, then by cells(region) x u64 checksums
     reply   = u32 op | u32 tag | u32 status | u32 zero | u64 body_bytes                 (24 bytes)
               then body; a READ that is OK carries the slot's whole trailer (layers * heads x u64),
               then the cells, and behind them

@@ -28,6 +28,7 @@ class RawTcp:
 
     def __init__(self, address: str, *, tls: ssl.SSLContext | None = None) -> None:
         host, _, port = address.rpartition(":")
+        self._owed = b""
         self.sock = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
         if tls is not None:
             plain = self.sock
@@ -46,9 +47,9 @@ class RawTcp:
         return frames.decode_welcome(head + self.receive(frames.welcome_text_bytes(head)))
 
     def begin_write(self, place: Place, region: Region, sums: bytes, *, tag: int = 0) -> None:
-        """All that comes before the cells."""
-        head = frames.encode_request(Request(Op.WRITE, tag, place, region))
-        self.sock.sendall(head + sums)
+        """All that comes before the cells; `reply` sends the checksums, which come after them."""
+        self.sock.sendall(frames.encode_request(Request(Op.WRITE, tag, place, region)))
+        self._owed += sums
 
     def write(self, place: Place, region: Region, payload: bytes, *, tag: int = 0) -> Reply:
         self.begin_write(place, region, sums_of(payload, place.cell_bytes), tag=tag)
@@ -56,6 +57,8 @@ class RawTcp:
         return self.reply()
 
     def reply(self) -> Reply:
+        owed, self._owed = self._owed, b""
+        self.sock.sendall(owed)
         return frames.decode_reply(self.receive(frames.REPLY_BYTES))
 
     def begin_read(self, place: Place, region: Region, *, tag: int = 0) -> Reply:

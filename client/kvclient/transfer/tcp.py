@@ -237,13 +237,16 @@ class TcpTransfer:
         for tag, frame in enumerate(part):
             assert work.sources is not None
             rows = work.sources[frame.index][frame.start : frame.stop, :, : frame.place.cell_bytes]
-            sums = work.sums[frame.index, frame.start : frame.stop]
-            sums[:] = grid_checksums(rows).reshape(sums.shape)
-            head = frames.encode_request(frame.request(Op.WRITE, tag))
-            head += sums.astype("<u8", copy=False).tobytes()
-            for number, chunk in enumerate(_chunks(rows)):
-                view = _flat(chunk, scratch)
-                wire.send([head, view] if number == 0 else [view])
+            sums = work.sums[frame.index, frame.start : frame.stop].reshape(-1)
+            before: list[memoryview | bytes] = [frames.encode_request(frame.request(Op.WRITE, tag))]
+            at = 0
+            for chunk in _chunks(rows):
+                cells = chunk.shape[0] * chunk.shape[1]
+                sums[at : at + cells] = grid_checksums(chunk)  # sent out of the cache after this
+                at += cells
+                wire.send([*before, _flat(chunk, scratch)])
+                before.clear()
+            wire.send([sums.astype("<u8", copy=False).tobytes()])
             if tag - taken >= ANSWERS_MAX:
                 self._answer(wire, Op.WRITE, taken, part)
                 taken += 1

@@ -174,18 +174,19 @@ class Connection:
     # ---- WRITE ---------------------------------------------------------------------------------
 
     def _write(self, request: Request) -> None:
-        told = bytearray(request.region.cells * CHECKSUM_BYTES)
-        self._stream.receive(memoryview(told))
         place = request.place
         rows = self._slots.rows(place, request.region)
+        sums: list[int] = []
         taken = 0
-        status = Status.STALE
         if self._slots.may_write(place, self.client):
-            sums = np.frombuffer(told, "<u8").tolist()
-            taken, good = self._fill(request, rows, sums)
-            if taken == rows.nbytes and self._slots.may_write(place, self.client):
-                status = Status.OK if good else Status.CORRUPT
+            taken = self._fill(request, rows, sums)
         self._drain(rows.nbytes - taken)
+        told = bytearray(request.region.cells * CHECKSUM_BYTES)
+        self._stream.receive(memoryview(told))
+        status = Status.STALE
+        if taken == rows.nbytes and self._slots.may_write(place, self.client):
+            good = sums == np.frombuffer(told, "<u8").tolist()
+            status = Status.OK if good else Status.CORRUPT
         if status is Status.OK:
             self._counters.add(frames_written=1, bytes_in=rows.nbytes)
         elif status is Status.STALE:
@@ -194,28 +195,26 @@ class Connection:
             self._counters.add(frames_corrupt=1)
         self._stream.send(encode_reply(Reply(request.op, request.tag, status)))
 
-    def _fill(self, request: Request, rows: Rows, told: list[int]) -> tuple[int, bool]:
-        """Receive into the slot while it is ours: how many bytes, and whether they are right.
+    def _fill(self, request: Request, rows: Rows, sums: list[int]) -> int:
+        """Receive into the slot while it is ours: how many bytes. `sums` gets what their cells are
+        hashed to.
 
         The kernel receives what comes next while the cells that are here are hashed, out of the
         cache that their copy left them in.
         """
         stream, current, place = self._stream, self._slots.current, request.place
-        done = hashed = 0
-        good = True
+        done = 0
         while done < rows.nbytes:
             views = rows.views(done, CHUNK_BYTES)
             if not current(place):
-                return done, good
+                break
             count = stream.receive_some(views)
             if count == 0:
                 stream.wait_read()
                 continue
             done += count
-            whole = done // place.cell_bytes
-            good = good and rows.checksums(hashed, whole) == told[hashed:whole]
-            hashed = whole
-        return done, good
+            sums += rows.checksums(len(sums), done // place.cell_bytes)
+        return done
 
     def _drain(self, count: int) -> None:
         """Take `count` bytes off the wire and forget them."""

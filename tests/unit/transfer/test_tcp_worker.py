@@ -97,7 +97,7 @@ def test_requests_may_be_pipelined(bench: TcpBench) -> None:
     payload = payload_of(WHOLE)
     sums = sums_of(payload, CELL)
     raw = b"".join(
-        frames.encode_request(Request(Op.WRITE, tag, place, WHOLE)) + sums + payload
+        frames.encode_request(Request(Op.WRITE, tag, place, WHOLE)) + payload + sums
         for tag, place in enumerate(places)
     )
     reader = bench.permit(Op.READ, bench.place(0))
@@ -258,9 +258,9 @@ def test_a_connection_cut_anywhere_leaves_the_server_as_it_was(bench: TcpBench) 
     payload = payload_of(Region(0, 1, 0, 1))
     hello = frames.encode_hello(Hello(SESSION, 1, TOKEN))
     request = Request(Op.WRITE, 0, place, Region(0, 1, 0, 1))
-    frame = frames.encode_request(request) + sums_of(payload, CELL) + payload
-    raw = hello + frame
-    heads = range(len(hello) + 96 + 8 + 1)
+    raw = hello + frames.encode_request(request) + payload
+    heads = [*range(len(hello) + 96 + 2), *range(len(raw), len(raw) + 8)]
+    raw += sums_of(payload, CELL)
     bench.connect().close()
     eventually(lambda: bench.counters()["tcp_connections"] == 0, "let go")
     gc.collect()  # what earlier tests left must not go in between
@@ -304,11 +304,11 @@ def test_a_hello_that_does_not_come(bench: TcpBench, said: int) -> None:
     eventually(lambda: bench.counters()["tcp_stalled"] == 1, "counted")
 
 
-@pytest.mark.parametrize("said", [1, 95, 96, 100, 96 + 8 * LAYERS * HEADS + 5])
+@pytest.mark.parametrize("said", [1, 95, 96, 100, 96 + 5 * CELL, 96 + LAYERS * HEADS * CELL + 5])
 def test_a_writer_that_stalls_in_a_frame_is_closed(bench: TcpBench, said: int) -> None:
     place = bench.reserve()
     raw = frames.encode_request(Request(Op.WRITE, 0, place, WHOLE))
-    raw += sums_of(payload_of(WHOLE), CELL) + bytes(64)
+    raw += payload_of(WHOLE) + sums_of(payload_of(WHOLE), CELL)[:-8]
     with bench.connect() as peer:
         peer.sock.sendall(raw[:said])
         assert peer.ended()
