@@ -83,8 +83,9 @@ class World:
         return got, self.events(name, "pulled")[before:]
 
 
-@pytest.fixture(scope="module", params=["tcp", "nixl"])
+@pytest.fixture(scope="module", params=["tcp", pytest.param("nixl", marks=pytest.mark.slow)])
 def way(request: pytest.FixtureRequest) -> Way:
+    """Engines take two minutes to start: `make test` has time for one of these."""
     way = WAYS[request.param]
     if way.missing:
         pytest.skip(way.missing)
