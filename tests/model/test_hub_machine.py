@@ -254,10 +254,10 @@ class HubMachine(WriterMachine):
             world.send(ev.RestoreNamespace(spec))
         writing = {w.client for w in self.zombies}
         for offset, entry in list(world.entries.items()):
-            if entry.info is None:
+            size = min(entry.slot_bytes, self.config.host_bytes - offset)  # as HostArena.scan does
+            if entry.info is None and size > 0:
                 clients = [c for c in entry.clients if c in writing]
-                event = ev.RestoreQuarantined(offset, entry.slot_bytes, entry.generation, clients)
-                world.send(event)
+                world.send(ev.RestoreQuarantined(offset, size, entry.generation, clients))
         for tier, table in ((HOST, world.entries), (DISK, world.records)):
             blocks = [restored(old, o, e) for o, e in table.items() if e.info is not None]
             world.send(ev.RestoreBlocks(tier, blocks))
