@@ -165,12 +165,11 @@ def test_a_reservation_that_expired_unnoticed_is_fenced_too(
     eventually(lambda: host_tier(small).slots_quarantined == 0, "fenced at the end")
 
 
+@pytest.mark.parametrize("way", ["shm"], indirect=True, scope="module")
 def test_a_view_kept_after_a_restart_keeps_its_slot_in_quarantine(
     way: Way, small: ServerProcess
 ) -> None:
     """The old mapping may still be written, and the new server knows."""
-    if way.name != "shm":
-        pytest.skip("only shm has views of the hub's memory")
     with Client.connect(small.address, name="keeps") as client:
         namespace = client.open_namespace(BLOCKS.spec)
         reservation = namespace.reserve(BLOCKS.chain(SEED, 2))

@@ -322,15 +322,14 @@ async def test_a_stream_whose_blocks_are_kept_ends_at_its_deadline(client: Async
         assert kept.verify()
 
 
+@pytest.mark.parametrize("way", ["shm"], indirect=True, scope="module")
 async def test_a_pull_overtaken_by_reuse_is_a_miss(
     way: Way, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slot changes hands while its last bytes are copied: right or not, they do not count.
 
-    Over the others the hub looks, and says so: `test_transports`.
+    Over the others the hub looks, and says so: `unit/transfer/test_tcp_worker.py`.
     """
-    if way.name != "shm":
-        pytest.skip("only shm looks by itself")
     blocks = fresh()
     namespace = await client.open_namespace(blocks.spec)
     keys = blocks.chain(1, 2)
