@@ -211,9 +211,10 @@ class AsyncClient:
         or a copy between tiers runs. What this client gave back before is free by then.
         """
         keys = hash_list("hashes", hashes) if hashes else []
-        await self.leases.settle()  # what this client gave back must not be in the way
         request = pb.EvictRequest(namespace_id=_id(namespace_id), hashes=b"".join(keys))
-        reply: pb.EvictReply = await self._ask("Evict", request, deadline_s)
+        deadline = self.deadline(deadline_s)
+        await self.leases.settle(deadline)  # what this client gave back must not be in the way
+        reply: pb.EvictReply = await self._ask("Evict", request, deadline)
         return reply
 
     async def drop_namespace(
@@ -238,11 +239,13 @@ class AsyncClient:
             raise InvalidArgument.of("deadline_s", seconds, "above 0, at most 86400")
         return Deadline(seconds + wait_s)
 
-    async def _ask(self, name: str, request: Message, deadline_s: float | None) -> Message:
+    async def _ask(self, name: str, request: Message, deadline: Deadline | float | None) -> Message:
         async def make(_: Link) -> Message:
             return request
 
-        _, reply = await self.session.call(name, make, self.deadline(deadline_s))
+        if not isinstance(deadline, Deadline):
+            deadline = self.deadline(deadline)
+        _, reply = await self.session.call(name, make, deadline)
         return reply
 
 

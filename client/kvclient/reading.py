@@ -63,11 +63,11 @@ class Leases:
         """What waits to be given back under `link`, packed, for the caller to send."""
         return np.array(self._pending.pop(link, []), "<u8").tobytes()
 
-    async def settle(self) -> None:
-        """Return when the hub has heard of everything given back until now."""
+    async def settle(self, deadline: Deadline) -> None:
+        """Return when the hub has heard of everything given back until now, or at the deadline."""
         self._hurry.set()
         if self._flusher is not None:
-            await asyncio.gather(self._flusher, return_exceptions=True)
+            await asyncio.wait([self._flusher], timeout=deadline.left())
 
     async def _flush(self) -> None:
         while self._pending:

@@ -242,6 +242,26 @@ async def test_a_call_under_way_when_the_client_closes(server: ServerProcess) ->
         await asyncio.wait_for(waiting, 3)
 
 
+async def test_an_evict_behind_a_release_ends_by_its_own_deadline(server: ServerProcess) -> None:
+    """It waits for what the client gave back before, and no longer than it may."""
+    async with AsyncClient.connect(server.address, deadline_s=8) as client:
+        namespace = await client.open_namespace(BLOCKS.spec)
+        keys = BLOCKS.chain(556, 1)
+        await namespace.push(keys, BLOCKS.payloads(keys))
+        lease = (await namespace.lookup(keys, pin_s=20)).lease
+        server.stop_signal()
+        try:
+            await namespace.release(lease)
+            await asyncio.sleep(0.1)  # the release is under way
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await client.evict(namespace.id, keys, deadline_s=0.4)
+            assert time.monotonic() - started < 1.4
+        finally:
+            server.cont()
+        assert (await client.evict(namespace.id, keys)).in_use == 0
+
+
 def test_connect_and_close_leak_nothing(server: ServerProcess) -> None:
     def state() -> tuple[int, int]:
         gc.collect()

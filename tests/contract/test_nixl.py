@@ -17,9 +17,9 @@ from kvclient.timing import Deadline
 from kvclient.transfer.nixl import NixlTransfer
 from kvproto import nixlib
 from kvproto.frames import Status
-from kvproto.grid import Grid, Region
+from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
-from tests.contract.oracle import check_all, fresh
+from tests.contract.oracle import check_all, cut, fresh, random_region
 from tests.support.server import ServerError, ServerProcess, start_server
 
 pytestmark = pytest.mark.skipif(
@@ -43,18 +43,6 @@ async def client(hub: ServerProcess) -> AsyncIterator[AsyncClient]:
 
 def counters(hub: ServerProcess) -> dict[str, int]:
     return dict(hub.stats().counters)
-
-
-def random_region(rng: np.random.Generator, grid: Grid) -> Region:
-    layers = np.sort(rng.choice(grid.layers + 1, 2, replace=False))
-    heads = np.sort(rng.choice(grid.heads + 1, 2, replace=False))
-    return Region(int(layers[0]), int(layers[1]), int(heads[0]), int(heads[1]))
-
-
-def cut(blocks: np.ndarray, region: Region) -> np.ndarray:
-    return blocks[
-        ..., region.layer_start : region.layer_stop, region.head_start : region.head_stop, :
-    ]
 
 
 # ---- bytes -------------------------------------------------------------------------------------

@@ -25,24 +25,12 @@ from kvclient import (
 )
 from kvclient.transfer.shm import ShmArena
 from kvproto.arena import ArenaHeader
-from kvproto.grid import Grid, Region
+from kvproto.grid import Region
 from kvproto.prefix import prefix_hashes
-from tests.contract.oracle import check_all, fresh
+from tests.contract.oracle import check_all, cut, fresh, random_region
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess
 from tests.support.ways import Way
-
-
-def random_region(rng: np.random.Generator, grid: Grid) -> Region:
-    layers = np.sort(rng.choice(grid.layers + 1, 2, replace=False))
-    heads = np.sort(rng.choice(grid.heads + 1, 2, replace=False))
-    return Region(int(layers[0]), int(layers[1]), int(heads[0]), int(heads[1]))
-
-
-def cut(blocks: np.ndarray, region: Region) -> np.ndarray:
-    return blocks[
-        ..., region.layer_start : region.layer_stop, region.head_start : region.head_stop, :
-    ]
 
 
 @pytest.mark.parametrize(

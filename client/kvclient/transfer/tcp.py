@@ -119,10 +119,7 @@ class TcpTransfer:
         self._idle = [first]
         self._connections = connections
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="kvclient-tcp")
-        self._running = 0
         self._closed = False
-        self.bytes_out = 0
-        self.bytes_in = 0
 
     @property
     def mapped(self) -> bool:
@@ -263,9 +260,6 @@ class TcpTransfer:
             raise FrameError(f"an answer of {reply.body_bytes} bytes, not {expected}")
         if op is Op.WRITE or reply.status is not Status.OK:
             frame.status = reply.status
-        if op is Op.WRITE and reply.status is Status.OK:
-            with self._lock:
-                self.bytes_out += frame.size
         return reply
 
     def _read(self, wire: Wire, work: Reading, part: list[_Frame]) -> None:
@@ -283,8 +277,6 @@ class TcpTransfer:
             if after != tag:
                 raise FrameError(f"the end of answer {after}, not of {tag}")
             frame.status = Status.CORRUPT if status is Status.OK and not good else status
-            with self._lock:
-                self.bytes_in += frame.size
 
     def _receive(
         self, wire: Wire, work: Reading, frame: _Frame, trailer: Bytes, scratch: list[Bytes]
