@@ -88,6 +88,7 @@ def texts() -> tuple[Path, ...]:
     """Everything that people write here and that is text."""
     found = {m.path for m in sources()}
     found |= {p for p in ROOT.iterdir() if p.is_file() and p.suffix in _TEXT_SUFFIXES}
+    found.discard(ROOT / ".git")  # a file where this is one of several work trees
     for folder in (*_TEXT_FOLDERS, "bench", "tests", "vllm_adapter"):
         for path in (ROOT / folder).rglob("*"):
             wanted = path.suffix in _TEXT_SUFFIXES or path.suffix == ".json"
