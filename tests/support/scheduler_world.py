@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 from vllm.v1.core.block_pool import BlockPool
 
 from kvproto.prefix import prefix_hashes
+from kvserver_vllm.common import Answer
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.messages import RankReport, StepMeta
-from kvserver_vllm.scheduler import Answer, SchedulerHalf
+from kvserver_vllm.scheduler import SchedulerHalf
 
 BLOCK = 128
 ENGINE_BLOCK = 32

@@ -17,8 +17,8 @@ from typing import Any
 
 from kvclient import AsyncClient, AsyncNamespace, DeadlineExceeded, KVError, Limits, Unavailable
 from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.common import Answer
 from kvserver_vllm.events import EventLog
-from kvserver_vllm.scheduler import Answer
 
 logger = logging.getLogger("vllm.kvserver")
 

@@ -12,9 +12,9 @@ pytest.importorskip("vllm")
 
 from kvclient import DeadlineExceeded, InvalidArgument, Unavailable
 from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.common import Answer
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.scheduler import Answer
 
 NOBODY = "127.0.0.1:9"
 SPEC = NamespaceSpec("m", bytes(32), "float32", "e/1", 1, 1, 64).canonical

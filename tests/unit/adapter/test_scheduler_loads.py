@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvserver_vllm.common import Answer
 from kvserver_vllm.layout import SKIP
-from kvserver_vllm.scheduler import JOB_BLOCKS_MAX, Answer
+from kvserver_vllm.saves import JOB_BLOCKS_MAX
 from tests.support.scheduler_world import (
     BLOCK,
     ENGINE_BLOCK,

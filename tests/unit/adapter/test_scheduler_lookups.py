@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvserver_vllm.scheduler import FRESH_S
+from kvserver_vllm.lookups import FRESH_S
 from tests.support.scheduler_world import PAGE, SPEC, FakeHub, FakeRequest, World
 
 

@@ -330,7 +330,7 @@ def test_a_full_queue_drops_the_save_and_counts_it(link: FakeLink) -> None:
 
 
 def test_a_replica_pushes_nothing_and_reports_all_the_same(link: FakeLink, rank: Rank) -> None:
-    rank.half._pushes = False
+    rank.half._pushes.on = False
     rank.bind(saves=[SaveJob(1, (block(1, 4),))])
     rank.half.step_saved()
     link.turn()

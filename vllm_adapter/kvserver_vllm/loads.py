@@ -1,0 +1,141 @@
+"""Loads: hub blocks on their way into blocks of the engine.
+
+Rules:
+  1. Loads are asynchronous only, one per request, and bounded in the engine blocks they hold.
+  2. One pull per prefix: an equal prompt waits for the first one's blocks where vLLM caches them.
+  3. A failed load is remembered, for the request and, for a moment, for the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.layout import SKIP
+from kvserver_vllm.messages import LoadJob
+
+FAILED_KEY_S = 2.0
+"""Seconds that a block whose load failed counts as absent for other requests too."""
+LOADING_SHARE = 2
+"""Of the pool's blocks, 1/2 may wait for loads; the next load waits its turn."""
+
+
+@dataclass(slots=True)
+class Load:
+    """A load on its way. `start` is its first hub block."""
+
+    job: LoadJob
+    start: int
+    engine_blocks: int
+    failed: int | None = None
+
+
+class Loads:
+    """Loads under way, and the keys of those that failed."""
+
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self._active: dict[str, Load] = {}
+        self._loading: set[bytes] = set()
+        self._failed_keys: dict[bytes, float] = {}
+        self._outgoing: list[LoadJob] = []
+        self._aborts: list[str] = []
+
+    @property
+    def aborting(self) -> bool:
+        """Whether ranks must still be told of an abort."""
+        return bool(self._aborts)
+
+    def without_failed(self, tracked: Tracked, usable: int, now: float) -> int:
+        """Cut a prefix at the first block whose load failed a moment ago."""
+        if not self._failed_keys or tracked.chain is None:
+            return usable
+        self._failed_keys = {k: t for k, t in self._failed_keys.items() if t > now}
+        for index in range(usable):
+            if tracked.chain.hashes[index] in self._failed_keys:
+                return index
+        return usable
+
+    def must_queue(self, tracked: Tracked, usable: int, computed: int) -> bool:
+        """Whether the load has to wait: for an equal prefix, or for its share of blocks."""
+        common = self._common
+        assert tracked.chain is not None
+        wanted = tracked.chain.hashes[computed // common.block : usable]
+        if common.prefix_caching and any(key in self._loading for key in wanted):
+            return True
+        if not self._active or common.pool is None:
+            return False
+        waiting = sum(load.engine_blocks for load in self._active.values())
+        needed = -(-(usable * common.block - computed) // common.engine_block)
+        return waiting + needed > int(common.pool.num_gpu_blocks) // LOADING_SHARE
+
+    def start(self, tracked: Tracked, block_ids: Sequence[int], tokens: int) -> None:
+        """The engine gave blocks to a request whose `tokens` come from the hub."""
+        common = self._common
+        request = tracked.request.request_id
+        begin, stop = tracked.matched_from, tracked.matched_from + tokens
+        first, last = begin // common.block, -(-stop // common.block)
+        blocks = tuple(
+            common.block_pages(tracked, index, block_ids, begin) for index in range(first, last)
+        )
+        now = common.clock()
+        waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
+        deadline = max(0.0, common.settings.load_deadline_ms / 1e3 - waited)
+        job = LoadJob(request, blocks, deadline)
+        self._active[request] = Load(job, first, -(-tokens // common.engine_block))
+        self._loading.update(block.hash for block in blocks)
+        self._outgoing.append(job)
+        common.count("loads")
+
+    def take_orders(self) -> tuple[list[LoadJob], list[str]]:
+        """Loads and aborts that the ranks have not heard of."""
+        orders = self._outgoing, self._aborts
+        self._outgoing, self._aborts = [], []
+        return orders
+
+    def failed(self, request: str, position: int) -> None:
+        """A rank lacks the block at `position` of this request's load."""
+        load = self._active.get(request)
+        if load is not None:
+            load.failed = min(position, position if load.failed is None else load.failed)
+
+    def ended(self, request: str, tracked: Tracked | None) -> None:
+        """All ranks have reported this request's load."""
+        load = self._active.pop(request, None)
+        if load is None:
+            return
+        self._loading.difference_update(block.hash for block in load.job.blocks)
+        if load.failed is None:
+            if tracked is not None:
+                tracked.blocked_since = None
+            return
+        self._common.count("loads_failed")
+        until = self._common.clock() + FAILED_KEY_S
+        for block in load.job.blocks[load.failed :]:
+            self._failed_keys[block.hash] = until
+        if tracked is not None:
+            tracked.missed = True
+            tracked.answer = None
+            tracked.saved = min(tracked.saved, load.start + load.failed)
+
+    def abort(self, request: str) -> None:
+        """The request is over; its load, if any, is reported all the same."""
+        if request in self._active:
+            self._aborts.append(request)
+
+    def tiers_of(self, tracked: Tracked, tokens: int) -> dict[int, int]:
+        """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
+        load = self._active.get(tracked.request.request_id)
+        if load is None or tracked.answer is None:
+            return {}
+        counts: dict[int, int] = {}
+        left = tokens
+        for position, block in enumerate(load.job.blocks):
+            index = load.start + position
+            known = tracked.answer.tiers
+            tier = known[index] if index < len(known) else 0
+            here = min(left, self._common.page_tokens * sum(p != SKIP for p in block.pages))
+            counts[tier] = counts.get(tier, 0) + here
+            left -= here
+        return {tier: count for tier, count in counts.items() if count}

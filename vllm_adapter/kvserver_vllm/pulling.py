@@ -1,0 +1,98 @@
+"""Pulls: hub blocks copied into pages of the engine, on the link's thread.
+
+Rule: every load is reported once, by its deadline, with the blocks that did not arrive; once it
+was reported no copy of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvclient import Granted, KVError
+from kvproto.grid import Region
+from kvserver_vllm.layout import SKIP
+from kvserver_vllm.messages import LoadJob, StepMeta
+from kvserver_vllm.rank import Rank
+
+logger = logging.getLogger("vllm.kvserver")
+
+
+class Pulls:
+    """Loads of this rank under way."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._loads: dict[str, asyncio.Task[None]] = {}
+
+    def abort(self, request: str) -> None:
+        task = self._loads.get(request)
+        if task is not None:
+            task.cancel()
+
+    async def load(self, meta: StepMeta, job: LoadJob) -> None:
+        """Pull one request's blocks; whatever happens, report it once."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._loads[job.request] = task
+        missing = set(range(len(job.blocks)))
+        aborted = False
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                await self._pull(meta, job, missing)
+        except (KVError, TimeoutError) as error:
+            self._rank.link.doubt(error)
+        except asyncio.CancelledError:
+            aborted = True
+        except Exception:
+            logger.exception("kvserver: a load failed; its blocks are recomputed")
+        finally:
+            self._loads.pop(job.request, None)
+            self._report(job, missing, aborted)
+
+    async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
+        link = self._rank.link
+        deadline_s = max(job.deadline_s, 0.001)
+        namespace = await link.namespace(meta.spec, deadline_s)
+        step = link.keys_max
+        for start in range(0, len(job.blocks), step):
+            part = job.blocks[start : start + step]
+            stream = namespace.acquire(
+                [block.hash for block in part],
+                region=self._rank.region(meta),
+                window_bytes=min(self._rank.settings.window_bytes, link.window_bytes_max),
+                deadline_s=deadline_s,
+            )
+            async with stream:
+                async for granted in stream:
+                    index = start + granted.index
+                    if self._take(job, index, stream.region, granted):
+                        missing.discard(index)
+                    await granted.release()
+
+    def _take(self, job: LoadJob, index: int, region: Region, granted: Granted) -> bool:
+        """Copy one granted block into the engine's pages; whether its bytes are the right ones."""
+        pages, cells = job.blocks[index].pages, granted.cells
+        self._rank.pages.scatter(0, self._rank.pages.layers, pages, cells)
+        moved, tier = int(cells.nbytes), int(granted.tier)
+        del cells
+        if not granted.verify():
+            return False
+        if self._rank.log.on:
+            self._rank.log_cells("pulled", pages, region, job, index, moved, tier)
+        return True
+
+    def _report(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
+        per_block = self._rank.pages.format.pages_per_block
+        if missing and not aborted:
+            self._rank.count("loads_failed")
+            for index in sorted(missing):
+                self._rank.log.write("failed_block", request=job.request, index=index)
+        outbox = self._rank.outbox
+        with outbox.lock:
+            outbox.received.add(job.request)
+            if missing and not aborted:
+                outbox.failed[job.request] = min(missing)
+                for index in missing:
+                    pages = job.blocks[index].pages
+                    outbox.invalid.update(p // per_block for p in pages if p != SKIP)

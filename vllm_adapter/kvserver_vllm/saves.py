@@ -1,0 +1,132 @@
+"""Saves: blocks that a step completes are announced, ordered from the ranks, and pinned meanwhile.
+
+Rules:
+  1. A block is saved once, by the step that computes its last token.
+  2. Pages under a push are pinned in the block pool until every rank has let go of them.
+  3. Pushes of requests that are over may pin a bounded share of the pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.layout import SKIP
+from kvserver_vllm.messages import BlockPages, SaveJob
+from kvserver_vllm.pins import PinLedger
+
+ANNOUNCE_S = 10.0
+JOB_BLOCKS_MAX = 1024
+ORPHAN_SHARE = 20
+"""Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
+ORPHANS_FLOOR = 64
+
+
+class Saves:
+    """What this engine has promised to write, and is writing."""
+
+    def __init__(self, common: Common, ranks: int) -> None:
+        """`ranks` report each save."""
+        self._common = common
+        self._own: set[bytes] = set()
+        self._job = 0
+        self._pins = PinLedger(ranks)
+
+    def bind(self, pool: Any) -> None:
+        self._pins.bind(pool)
+
+    @property
+    def jobs(self) -> int:
+        """Saves that ranks have not reported."""
+        return self._pins.jobs
+
+    def own(self, key: bytes) -> bool:
+        """Whether this engine itself is about to write that block, or is writing it."""
+        return key in self._own or self._pins.saving(key)
+
+    def announce(self, tracked: Tracked) -> None:
+        """Say that the blocks of this prompt which the hub lacks are about to be computed."""
+        common, chain = self._common, tracked.chain
+        if tracked.announced is not None or not common.saves or not common.spec:
+            return
+        tracked.announced = []
+        if chain is None or not common.hub.responsive:
+            return
+        coming = chain.hashes[tracked.saved : tracked.request.num_prompt_tokens // common.block]
+        if coming:
+            tracked.announced = coming
+            self._own.update(coming)
+            common.hub.submit(common.hub.announce(common.spec, coming, ANNOUNCE_S))
+
+    def forget(self) -> None:
+        """The namespace is left: nothing of it is to come from here."""
+        self._own.clear()
+
+    def finished(self, request: str, tracked: Tracked) -> None:
+        """A request is over, for whatever reason."""
+        self._own.difference_update(tracked.announced or ())
+        self._pins.orphan(request)
+
+    def orders(self, output: Any, requests: dict[str, Tracked]) -> list[SaveJob]:
+        """Jobs for what this step completes; their pages are pinned from here on."""
+        common = self._common
+        if not (common.saves and common.spec and common.hub.responsive):
+            return []
+        jobs, blocks = [], self._blocks(output, requests)
+        for start in range(0, len(blocks), JOB_BLOCKS_MAX):
+            self._job += 1
+            part = blocks[start : start + JOB_BLOCKS_MAX]
+            jobs.append(SaveJob(self._job, tuple(block for block, _ in part)))
+            self._pins.pin(self._job, part)
+        return jobs
+
+    def _blocks(
+        self, output: Any, requests: dict[str, Tracked]
+    ) -> list[tuple[BlockPages, list[int]]]:
+        """Blocks that are complete after this step, each with the engine blocks to pin."""
+        found: list[tuple[BlockPages, list[int]]] = []
+        taken: set[bytes] = set()
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = requests.get(request_id)
+            if tracked is None:
+                continue
+            request = tracked.request
+            computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
+            full = computed // self._common.block
+            if full <= tracked.saved or not self._hashed(tracked, full):
+                continue
+            if self._pins.orphans > self._orphans_max():
+                self._common.count("saves_skipped")
+                continue
+            state = output.kv_connector_block_state
+            tables = state.get_block_ids(request_id) if state is not None else None
+            if tables is None:
+                continue
+            for index in range(tracked.saved, full):
+                block = self._common.block_pages(tracked, index, tables[0])
+                if SKIP in block.pages or block.hash in taken or self._pins.saving(block.hash):
+                    continue
+                taken.add(block.hash)
+                found.append((block, self._common.engine_blocks(block)))
+            tracked.saved = full
+        return found
+
+    def _hashed(self, tracked: Tracked, blocks: int) -> bool:
+        """Make sure the chain is that long. The prompt's part is the hub thread's work."""
+        chain = tracked.chain
+        if chain is None:
+            return False
+        prompt = tracked.request.num_prompt_tokens // self._common.block
+        if len(chain.hashes) < min(blocks, prompt):
+            return False
+        chain.extend(blocks)
+        return True
+
+    def _orphans_max(self) -> int:
+        pool = self._common.pool
+        total = int(pool.num_gpu_blocks) if pool is not None else 0
+        return max(total // ORPHAN_SHARE, min(ORPHANS_FLOOR, total // 2))
+
+    def released(self, job: int, ranks: int) -> None:
+        """So many ranks no longer touch the job's pages."""
+        self._pins.released(job, ranks)
