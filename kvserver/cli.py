@@ -27,7 +27,7 @@ import kvserver
 from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
-from kvserver import config, tables
+from kvserver import config, options, tables
 
 EXIT_OK, EXIT_BAD, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
 _EPILOG = """\
@@ -127,7 +127,7 @@ def _add_serve(commands: Any) -> None:
         default = option["default"]
         flag = isinstance(default, bool)
         group.add_argument(
-            config.flag_of(name),
+            options.flag_of(name),
             dest=name,
             default=argparse.SUPPRESS,
             metavar=_metavar(name, default),
@@ -151,7 +151,7 @@ def _shown_default(name: str, default: object) -> str:
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, int) and "bytes" in name and default:
-        return config.format_bytes(default).replace(" ", "")
+        return options.format_bytes(default).replace(" ", "")
     return str(default) if default != "" else "none"
 
 
@@ -282,7 +282,7 @@ def _evict(parsed: argparse.Namespace) -> int:
     if parsed.json:
         _print_json(reply)
     else:
-        size = config.format_bytes(reply.bytes)
+        size = options.format_bytes(reply.bytes)
         left = "" if parsed.drop or not reply.in_use else f"; {reply.in_use} in use stayed"
         print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}{left}")
     return EXIT_OK
@@ -341,5 +341,5 @@ def _purge(parsed: argparse.Namespace) -> int:
             freed = purge(directory)
         except offline.OfflineError as error:
             raise CommandError(str(error)) from error
-        print(f"removed the kvserver files in {directory}: {config.format_bytes(freed)}")
+        print(f"removed the kvserver files in {directory}: {options.format_bytes(freed)}")
     return EXIT_OK

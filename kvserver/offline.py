@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvproto.errors import FieldError
-from kvserver.config import format_bytes
 from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
+from kvserver.options import format_bytes
 from kvserver.tables import table
 from kvserver.tiers.check import AreaReport, Progress, check_disk, check_host
 from kvserver.tiers.disk import SLOTS_NAME

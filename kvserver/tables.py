@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvproto.v1 import kvserver_pb2 as pb
-from kvserver.config import format_bytes
+from kvserver.options import format_bytes
 
 _TIERS = {pb.TIER_DEVICE: "device", pb.TIER_HOST: "host", pb.TIER_DISK: "disk"}
 

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from kvserver.cli import build_parser
-from kvserver.config import flag_of, load, option_table
+from kvserver.config import load, option_table
+from kvserver.options import flag_of
 from tests.tidy.tree import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

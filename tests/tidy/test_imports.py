@@ -28,7 +28,8 @@ LAYERS: dict[str, frozenset[str]] = {
         {"kvserver.core", "kvserver.tiers", "kvserver.journal", "kvserver.transfer", "kvproto"}
     ),
     "kvserver.service": frozenset({"kvserver.runtime", "kvserver.core", "kvproto"}),
-    "kvserver.config": frozenset({"kvproto"}),
+    "kvserver.options": frozenset({"kvproto"}),
+    "kvserver.config": frozenset({"kvserver.options", "kvproto"}),
     # The command line, the wiring and the package itself stand on top of everything.
     "kvserver": frozenset({"kvserver", "kvproto"}),
 }

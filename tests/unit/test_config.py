@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvserver.config import ConfigError, Settings, load, option_table, parse_bytes
+from kvserver.config import Settings, load, option_table
+from kvserver.options import ConfigError, parse_bytes
 
 
 def test_each_source_overrides_the_one_below_it(tmp_path: Path) -> None:

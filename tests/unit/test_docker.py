@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kvserver.config import load, option_table, parse_bytes
+from kvserver.config import load, option_table
+from kvserver.options import parse_bytes
 from tests.support.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
