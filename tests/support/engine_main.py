@@ -1,8 +1,8 @@
 """The child process of `engines.Engine`: one vLLM engine that obeys JSON lines.
 
-Started by path, with the settings of `vllm.LLM` as its argument. Commands come on standard input,
-answers leave on what was standard output when the process began; everything that vLLM prints goes
-to standard error.
+Forked from a process that has imported vLLM (`forked`), or started by path with the settings of
+`vllm.LLM` as its argument. Commands come on standard input, answers leave on what was standard
+output when the process began; everything that vLLM prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,13 +11,48 @@ import json
 import os
 import queue
 import sys
+import tempfile
 import threading
 import time
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 
+class Streams:
+    """Standard input, output and error of a process to be; pickled while it is started."""
+
+    def __init__(self, *fds: int) -> None:
+        self._fds = fds
+
+    def __getstate__(self) -> list[Any]:
+        return [DupFd(fd) for fd in self._fds]
+
+    def __setstate__(self, fds: list[Any]) -> None:
+        self._fds = tuple(fd.detach() for fd in fds)
+
+    def take(self) -> None:
+        """Make them this process's own."""
+        for stream, fd in enumerate(self._fds):
+            os.dup2(fd, stream)
+            os.close(fd)
+        sys.stdin = os.fdopen(0, closefd=False)
+
+
 def main() -> None:
-    settings = json.loads(sys.argv[1])
+    serve(json.loads(sys.argv[1]))
+
+
+def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
+    """Serve in a fork of a process that is not ours alone: make it ours first."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # it was worked out for the environment of before
+    streams.take()
+    serve(settings)
+
+
+def serve(settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

@@ -15,7 +15,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,10 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support import engine_process
+from tests.support.engine_process import EngineProcess
+
 START_S = 150.0
 CALL_S = 120.0
-MAIN = Path(__file__).with_name("engine_main.py")
-
 
 # Adapter settings for tests that are about bytes, not about time: engines and hub share two cores.
 PATIENT: dict[str, Any] = {"lookup_ms": 10_000, "load_deadline_ms": 60_000, "pin_ms": 10_000}
@@ -88,7 +88,7 @@ def _binding(ranks: int) -> str:
 class Engine:
     """One engine process."""
 
-    def __init__(self, process: subprocess.Popen[str], log_path: Path) -> None:
+    def __init__(self, process: EngineProcess, log_path: Path) -> None:
         self.log_path = log_path
         self._process = process
         self._next = 0
@@ -142,16 +142,9 @@ class Engine:
         }
         if tensor_parallel > 1:
             variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
-        with log_path.open("a") as log:
-            process = subprocess.Popen(
-                [*runner, sys.executable, str(MAIN), json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=variables,
-                start_new_session=True,
-            )
+        process = engine_process.launch(
+            settings, environment=variables, log_path=log_path, runner=runner
+        )
         return cls(process, log_path)
 
     @classmethod
@@ -242,7 +235,6 @@ class Engine:
 
     def _send(self, command: str, **fields: object) -> int:
         self._next += 1
-        assert self._process.stdin is not None
         try:
             self._process.stdin.write(
                 json.dumps({"id": self._next, "do": command, **fields}) + "\n"
@@ -253,7 +245,6 @@ class Engine:
         return self._next
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 self._lines.put(json.loads(line))
@@ -280,20 +271,21 @@ class Engine:
 
     def stop(self, timeout_s: float = 30.0) -> int:
         """Ask it to end; the exit status."""
-        if self._process.poll() is None:
+        status = self._process.poll()
+        if status is None:
             self._send("quit")
             try:
-                return self._process.wait(timeout_s)
+                status = self._process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 raise EngineError(f"still running after {timeout_s} s:\n{self.log()}") from None
-        return int(self._process.returncode)
+        return status
 
     def close(self) -> None:
         """End the process and its children at once, whatever they do."""
         self._kill_group()
         self._process.wait(10)
         for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
+            with contextlib.suppress(BrokenPipeError):  # what was never read
                 stream.close()
 
     def end(self) -> None:
