@@ -97,11 +97,20 @@ class Driver:
                 answer(id=command["id"], error=f"{type(error).__name__}: {error}")
                 raise
 
-    def _add(self, prompt: list[int], tokens: int, logprobs: int, **sampling: Any) -> str:
+    def _add(
+        self,
+        prompt: list[int],
+        tokens: int,
+        logprobs: int,
+        transfer: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> str:
         from vllm import SamplingParams
 
         self._count += 1
         name = f"r{self._count}"
+        if transfer is not None:
+            sampling["extra_args"] = {"kv_transfer_params": transfer}
         chosen = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, **sampling}
         params = SamplingParams(max_tokens=tokens, logprobs=logprobs, **chosen)
         self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
@@ -161,6 +170,7 @@ def _shown(output: Any, first_s: float, last_s: float) -> dict[str, Any]:
             for step in completion.logprobs or []
         ],
         "cached": output.num_cached_tokens or 0,
+        "params": output.kv_transfer_params,
         "ttft_s": first_s,
         "total_s": last_s,
         "finish": str(completion.finish_reason),

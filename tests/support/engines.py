@@ -48,6 +48,7 @@ class Generated:
     ttft_s: float
     total_s: float
     finish: str
+    params: dict[str, Any] | None = None
 
 
 def hub_config(
@@ -166,7 +167,8 @@ class Engine:
     def generate(
         self, prompt: Sequence[int], *, tokens: int = 8, logprobs: int = 5, **sampling: object
     ) -> Generated:
-        """Greedy decoding of `tokens` tokens."""
+        """Greedy decoding of `tokens` tokens. `transfer` are the request's kv_transfer_params,
+        what else stands in `sampling` goes to SamplingParams."""
         return self.generate_many([prompt], tokens=tokens, logprobs=logprobs, **sampling)[0]
 
     def generate_many(
@@ -206,6 +208,7 @@ class Engine:
                 tokens=item["tokens"],
                 logprobs=[{int(k): v for k, v in step.items()} for step in item["logprobs"]],
                 cached=item["cached"],
+                params=item["params"],
                 ttft_s=item["ttft_s"],
                 total_s=item["total_s"],
                 finish=item["finish"],

@@ -86,6 +86,7 @@ class FakeRequest:
         self.cache_salt = None
         self.mm_features: list[Any] = []
         self.prompt_embeds = None
+        self.kv_transfer_params: dict[str, Any] | None = None
         self.sampling_params = SimpleNamespace(prompt_logprobs=None)
         self.skip_reading_prefix_cache = False
         self.abort_immediately = False
@@ -101,8 +102,8 @@ class FakeRequest:
     def is_finished(self) -> bool:
         return self.finished
 
-    def hashes(self) -> list[bytes]:
-        return prefix_hashes(self.all_token_ids, BLOCK)
+    def hashes(self, *, tail: bool = False) -> list[bytes]:
+        return prefix_hashes(self.all_token_ids, BLOCK, tail=tail)
 
 
 @dataclass
@@ -129,7 +130,7 @@ class World:
         log = EventLog("")
         self.half = SchedulerHalf(settings, self.hub, log, clock=lambda: self.now, **options)
         self.half.bind_pool(self.pool)
-        self.half.open(SPEC, PAGE, {0: 0})
+        self.half.open(SPEC, PAGE, {0: 0}, tails=True)
 
     def new(self, request: FakeRequest, *, usable: int | None = None) -> FakeRequest:
         """A request arrives; with `usable`, its lookup is answered at once."""

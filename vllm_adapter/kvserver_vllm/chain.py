@@ -1,6 +1,7 @@
 """A request's chain of prefix hashes, extended as its tokens become known.
 
-The chain covers whole hub blocks only. What changes the meaning of tokens goes into the extra
+The chain covers whole hub blocks; a prompt's tail, its last block of fewer tokens, has a hash of
+its own, which names exactly that prompt. What changes the meaning of tokens goes into the extra
 keys of the blocks that it touches: the adapter's digest and the cache salt into the first block
 (the chain carries them on), a multimodal item's hash with its offset into every block that it
 overlaps, prompt embeddings by their bytes.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from kvproto.prefix import ROOT, prefix_hashes
+from kvproto.prefix import ROOT, block_hash, prefix_hashes
 
 _OFFSET = struct.Struct("<q")
 
@@ -29,6 +30,8 @@ class Chain:
         self._adapter = adapter
         self._lock = threading.Lock()
         self.hashes: list[bytes] = []
+        self.prompt_blocks, self.tail_tokens = divmod(request.num_prompt_tokens, block_tokens)
+        self.tail = b""
 
     def parent(self, index: int) -> bytes:
         """The hash before block `index`."""
@@ -47,11 +50,22 @@ class Chain:
                 tokens, self._block_tokens, extra=extra, parent=self.parent(done)
             )
 
-    def _extra(self, index: int) -> list[bytes]:
+    def extend_to_tail(self) -> None:
+        """Hash the prompt to its last token: `tail` names its unfinished block, if there is one."""
+        self.extend(self.prompt_blocks)
+        with self._lock:
+            if self.tail_tokens and not self.tail:
+                start = self.prompt_blocks * self._block_tokens
+                tokens = self._request.all_token_ids[start : start + self.tail_tokens]
+                extra = self._extra(self.prompt_blocks, self.tail_tokens)
+                self.tail = block_hash(self.parent(self.prompt_blocks), tokens, extra)
+
+    def _extra(self, index: int, tokens: int = 0) -> list[bytes]:
+        """Extra keys of a block of `tokens` tokens, by default a full one."""
         keys = []
         request = self._request
         start = index * self._block_tokens
-        stop = start + self._block_tokens
+        stop = start + (tokens or self._block_tokens)
         if index == 0:
             if self._adapter:
                 keys.append(b"lora\0" + self._adapter)

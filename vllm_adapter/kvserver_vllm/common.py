@@ -15,6 +15,7 @@ from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import SKIP
 from kvserver_vllm.messages import BlockPages
+from kvserver_vllm.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,35 @@ class Tracked:
     """What this half knows of one request. The hub's thread writes `reply` only."""
 
     def __init__(self, request: Any, chain: Chain | None) -> None:
+        params = request.kv_transfer_params or {}
+        self.hands_off = bool(params.get("do_remote_decode"))
+        self.handed = bool(params.get("do_remote_prefill"))
         self.request = request
         self.chain = chain
         self.reply: tuple[int, Answer | None] | None = None
         self.asks = 0
         self.asked_at = 0.0
         self.answer: Answer | None = None
+        self.asked_blocks = 0
         self.answered_at = 0.0
         self.missed = False
         self.blocked_since: float | None = None
-        self.live_since: float | None = None
+        self.waits_since: float | None = None  # for another engine's blocks
+        self.progress = 0
+        self.progress_at = 0.0
         self.matched_from = 0
         self.announced: list[bytes] | None = None
         self.saved = 0
+        self.tail = False  # the answer's last block is the prompt's tail
+        self.tail_saved = False
+        self.arrived_at = 0.0
+
+    def keys(self, start: int, stop: int) -> list[bytes]:
+        """Hashes of the blocks [start, stop) that the answer is about."""
+        assert self.chain is not None
+        if self.tail and stop > self.chain.prompt_blocks:
+            return [*self.chain.hashes[start : self.chain.prompt_blocks], self.chain.tail]
+        return self.chain.hashes[start:stop]
 
     @property
     def pending(self) -> bool:
@@ -80,6 +97,8 @@ class Common:
     adapter_digest: Callable[[Any], bytes]
     spec: bytes = b""
     page_tokens: int = 1
+    tails: bool = True
+    pace: Pace = field(default_factory=Pace)
     pool: Any = None
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -91,24 +110,38 @@ class Common:
     def count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
 
+    def covered(self, tracked: Tracked, blocks: int) -> int:
+        """Tokens that so many blocks of an answer hold: the last one may be the prompt's tail."""
+        tokens = blocks * self.block
+        return min(tokens, int(tracked.request.num_prompt_tokens)) if tracked.tail else tokens
+
     def block_pages(
-        self, tracked: Tracked, index: int, block_ids: Sequence[int], begin: int = 0
+        self,
+        tracked: Tracked,
+        index: int,
+        block_ids: Sequence[int],
+        *,
+        begin: int = 0,
+        tail: bool = False,
     ) -> BlockPages:
-        """Page ids of hub block `index`; pages before token `begin` and null blocks are skipped."""
+        """Page ids of hub block `index`, or of the prompt's tail, which stands there; pages before
+        token `begin` and null blocks are skipped."""
         chain = tracked.chain
         assert chain is not None
         page, per_block = self.page_tokens, self.engine_block // self.page_tokens
         null = int(self.pool.null_block.block_id) if self.pool is not None else -1
+        tokens = chain.tail_tokens if tail else self.block
         pages = []
-        for token in range(index * self.block, (index + 1) * self.block, page):
+        for token in range(index * self.block, index * self.block + tokens, page):
             engine, within = divmod(token, self.engine_block)
             skip = token < begin or block_ids[engine] == null
             pages.append(SKIP if skip else block_ids[engine] * per_block + within // page)
         return BlockPages(
-            hash=chain.hashes[index],
+            hash=chain.tail if tail else chain.hashes[index],
             parent=chain.parent(index),
             pages=tuple(pages),
             request=tracked.request.request_id,
+            tokens=tokens,
         )
 
     def engine_blocks(self, block: BlockPages) -> list[int]:

@@ -41,8 +41,12 @@ class Settings:
     """Longest a request waits for the answer of a lookup before it counts as a miss."""
     load_deadline_ms: int = 10_000
     """Longest a request waits for its blocks; what has not come by then is recomputed."""
-    wait_ms: int = 500
-    """Longest a request waits for blocks that another engine is writing. 0: never."""
+    intent_wait_ms: int = 500
+    """Longest a request that was handed off (do_remote_prefill) waits for blocks which no engine
+    has announced yet."""
+    handoff_wait_ms: int = 10_000
+    """Longest a request waits for blocks that another engine is writing; also at most 1.5 times
+    what computing them is estimated to take. 0: never."""
     window_bytes: int = 0
     """Bytes one load may hold leased at once. Default 0: the hub's maximum."""
     push: bool = True

@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
+from vllm.v1.request import RequestStatus
 
 from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
@@ -43,7 +44,7 @@ from kvserver_vllm.identity import (
     require_supported,
     weights_path,
 )
-from kvserver_vllm.layout import HostPages, LayerTensor
+from kvserver_vllm.layout import HostPages, LayerTensor, has_tails
 from kvserver_vllm.link import HubLink
 from kvserver_vllm.messages import RankInfo, RankReport, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
@@ -229,7 +230,12 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             if not self._weights:
                 self._weights = fingerprint(weights_path(self._vllm_config))
             spec = self._spec(self._weights)
-            self._scheduling().open(spec.canonical, spec.page_tokens, layer_starts(self._ranks)[0])
+            self._scheduling().open(
+                spec.canonical,
+                spec.page_tokens,
+                layer_starts(self._ranks)[0],
+                tails=has_tails(spec.encoding),
+            )
             self._link.submit(self._link.greet(spec.canonical))
         except Exception:
             logger.exception("kvserver: no fingerprint of the weights; serving without the hub")
@@ -263,8 +269,11 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._scheduling().finished(request)
-        return False, None
+        whole = request.status in (
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+            RequestStatus.FINISHED_STOPPED,
+        )
+        return False, self._scheduling().finished(request, whole=whole)
 
     def has_pending_push_work(self) -> bool:
         return self._scheduling().has_pending_work

@@ -75,7 +75,8 @@ class LayerTensor:
 class Part:
     """One piece of a page: `rows` extents of `row_bytes`, in engine memory and in the page.
 
-    `start` counts from the origin of (block, head); `offset` from the start of the page.
+    `start` counts from the origin of (block, head); `offset` from the start of the page, where
+    the piece is [..., page_tokens, token_bytes]; token_bytes is 0 when it is opaque.
     """
 
     offset: int
@@ -84,6 +85,7 @@ class Part:
     start: int
     page_stride: int
     row_stride: int
+    token_bytes: int
 
     @property
     def size_bytes(self) -> int:
@@ -103,6 +105,23 @@ class PageFormat:
     @property
     def pages_per_block(self) -> int:
         return self.block_tokens // self.page_tokens
+
+    def zero_behind(self, cells: Bytes, tokens: int) -> None:
+        """Zero what `cells`, [..., pages, page_bytes] of one block, hold behind its `tokens`.
+
+        A page's unused positions hold what another request left there. Does nothing when the last
+        page is full; FieldError when the encoding does not say where a token lies.
+        """
+        used = tokens % self.page_tokens
+        if not used:
+            return
+        if not has_tails(self.encoding):
+            raise FieldError("encoding", self.encoding, "one whose tokens can be told apart")
+        last = cells[..., -1, :]
+        for part in self.parts:
+            piece = last[..., part.offset : part.offset + part.size_bytes]
+            shape = (*piece.shape[:-1], -1, self.page_tokens, part.token_bytes)
+            piece.reshape(shape, copy=False)[..., used:, :] = 0
 
     @classmethod
     def of(cls, encoding: str, layer: LayerTensor) -> PageFormat:
@@ -134,6 +153,7 @@ class PageFormat:
             start=0,
             page_stride=page * layer.item_bytes,
             row_stride=tokens * layer.item_bytes,
+            token_bytes=layer.item_bytes,
         )
         value = Part(
             offset=key.size_bytes,
@@ -142,6 +162,7 @@ class PageFormat:
             start=tokens * half,
             page_stride=page * half,
             row_stride=page * half,
+            token_bytes=half,
         )
         return cls(CPU_ENCODING, page, page * layer.content_bytes, tokens, (key, value))
 
@@ -155,8 +176,14 @@ class PageFormat:
             start=0,
             page_stride=page * layer.token_stride,
             row_stride=layer.token_stride,
+            token_bytes=layer.content_bytes if has_tails(encoding) else 0,
         )
         return cls(encoding, page, part.size_bytes, layer.tokens, (part,))
+
+
+def has_tails(encoding: str) -> bool:
+    """Whether a page of this encoding can be filled in part: the rest of it can be zeroed."""
+    return encoding in (CPU_ENCODING, TOKEN_ENCODING)
 
 
 def _require_whole_pages(tokens: int, page: int) -> None:

@@ -52,22 +52,21 @@ class Loads:
         if not self._failed_keys or tracked.chain is None:
             return usable
         self._failed_keys = {k: t for k, t in self._failed_keys.items() if t > now}
-        for index in range(usable):
-            if tracked.chain.hashes[index] in self._failed_keys:
+        for index, key in enumerate(tracked.keys(0, usable)):
+            if key in self._failed_keys:
                 return index
         return usable
 
     def must_queue(self, tracked: Tracked, usable: int, computed: int) -> bool:
         """Whether the load has to wait: for an equal prefix, or for its share of blocks."""
         common = self._common
-        assert tracked.chain is not None
-        wanted = tracked.chain.hashes[computed // common.block : usable]
+        wanted = tracked.keys(computed // common.block, usable)
         if common.prefix_caching and any(key in self._loading for key in wanted):
             return True
         if not self._active or common.pool is None:
             return False
         waiting = sum(load.engine_blocks for load in self._active.values())
-        needed = -(-(usable * common.block - computed) // common.engine_block)
+        needed = -(-(common.covered(tracked, usable) - computed) // common.engine_block)
         return waiting + needed > int(common.pool.num_gpu_blocks) // LOADING_SHARE
 
     def start(self, tracked: Tracked, block_ids: Sequence[int], tokens: int) -> None:
@@ -77,7 +76,10 @@ class Loads:
         begin, stop = tracked.matched_from, tracked.matched_from + tokens
         first, last = begin // common.block, -(-stop // common.block)
         blocks = tuple(
-            common.block_pages(tracked, index, block_ids, begin) for index in range(first, last)
+            common.block_pages(
+                tracked, index, block_ids, begin=begin, tail=stop < (index + 1) * common.block
+            )
+            for index in range(first, last)
         )
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0

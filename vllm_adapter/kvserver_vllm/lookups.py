@@ -13,9 +13,9 @@ import logging
 from typing import Any
 
 from kvserver_vllm.chain import Chain
-from kvserver_vllm.common import Answer, Common, Tracked
+from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.loads import Loads
-from kvserver_vllm.saves import Saves
+from kvserver_vllm.patience import Patience
 
 logger = logging.getLogger("vllm.kvserver")
 
@@ -30,13 +30,14 @@ POLL_S = 0.02
 class Lookups:
     """Asks the hub, and says what a request may take from it."""
 
-    def __init__(self, common: Common, loads: Loads, saves: Saves) -> None:
+    def __init__(self, common: Common, loads: Loads, patience: Patience) -> None:
         self._common = common
         self._loads = loads
-        self._saves = saves
+        self._patience = patience
 
     def begin(self, tracked: Tracked) -> None:
         """A request has arrived."""
+        tracked.arrived_at = self._common.clock()
         self._ask(tracked, pin_s=PIN_S)
 
     def _ask(self, tracked: Tracked, pin_s: float) -> None:
@@ -46,7 +47,13 @@ class Lookups:
         tracked.answer = None
         tracked.missed = False
         wanted = common.loads and not _reads_nothing(tracked.request) and common.hub.responsive
-        blocks = tracked.request.num_tokens // common.block
+        blocks, prompt = (
+            tracked.request.num_tokens // common.block,
+            tracked.request.num_prompt_tokens,
+        )
+        unfinished = prompt % common.block > 0 and blocks == prompt // common.block
+        tracked.tail = unfinished and tracked.handed and common.tails
+        tracked.asked_blocks = blocks + tracked.tail
         common.hub.submit(self._look_up(tracked, tracked.asks, blocks, pin_s, wanted))
 
     async def _look_up(
@@ -60,7 +67,9 @@ class Lookups:
                 digest = common.adapter_digest(lora) if lora is not None else b""
                 tracked.chain = Chain(tracked.request, common.block, digest)
             tracked.chain.extend(blocks)
-            hashes = tracked.chain.hashes[:blocks]
+            if tracked.tail or tracked.hands_off:
+                tracked.chain.extend_to_tail()
+            hashes = tracked.keys(0, blocks + tracked.tail)
             if wanted and hashes:
                 started = common.clock()
                 answer = await common.hub.lookup(common.spec, hashes, pin_s)
@@ -85,7 +94,8 @@ class Lookups:
             tracked.answer, tracked.answered_at = reply[1], now
             tracked.missed = reply[1] is None
             if reply[1] is not None:
-                tracked.saved = max(tracked.saved, reply[1].usable)
+                whole = min(reply[1].usable, tracked.asked_blocks - tracked.tail)
+                tracked.saved = max(tracked.saved, whole)
         elif now - tracked.asked_at >= self._common.settings.lookup_ms / 1e3:
             tracked.missed = True
             self._common.count("lookups_late")
@@ -103,12 +113,14 @@ class Lookups:
             self._ask(tracked, pin_s=PIN_S)
             return self._later(tracked, now)
         usable = self._loads.without_failed(tracked, answer.usable, now)
-        if self._worth_waiting(tracked, answer, usable, now):
+        if usable == answer.usable and self._patience.waits(
+            tracked, answer, tracked.asked_blocks, now
+        ):
             if now - tracked.asked_at >= POLL_S:
                 self._ask(tracked, pin_s=0.0)
             return self._later(tracked, now)
-        tokens = usable * self._common.block - computed
-        if tokens < self._common.block:  # not worth a round trip: vLLM computes that in any case
+        tokens = self._common.covered(tracked, usable) - computed
+        if tokens < self._least(tracked, computed):
             return 0, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)
@@ -124,17 +136,13 @@ class Lookups:
             return 0, False
         return None, False
 
-    def _worth_waiting(self, tracked: Tracked, answer: Answer, usable: int, now: float) -> bool:
-        """Whether another engine is writing what comes next, and there is time for it."""
-        wait_s = self._common.settings.wait_ms / 1e3
-        if answer.live <= answer.usable or usable < answer.usable or not wait_s:
-            return False
-        assert tracked.chain is not None
-        if self._saves.own(tracked.chain.hashes[answer.usable]):
-            return False
-        if tracked.live_since is None:
-            tracked.live_since = now
-        return now - tracked.live_since < wait_s
+    def _least(self, tracked: Tracked, computed: int) -> int:
+        """Fewer tokens are not worth a round trip: vLLM computes that much in any case. After a
+        hand-off nothing but the last token is to be computed, unless the engine's own cache, which
+        ends at an engine block, has nearly all of it."""
+        if not tracked.tail:
+            return self._common.block
+        return self._common.engine_block if computed else 1
 
 
 def _reads_nothing(request: Any) -> bool:

@@ -35,13 +35,15 @@ class RankInfo(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 class BlockPages:
     """One hub block and the engine pages that it is copied from or to.
 
-    `pages` are page ids in the order of the block's tokens; -1 leaves a page alone.
+    `pages` are page ids in the order of the block's tokens; -1 leaves a page alone. A tail holds
+    fewer `tokens` than others, and so fewer pages; the last one may be filled in part.
     """
 
     hash: bytes
     parent: bytes
     pages: tuple[int, ...]
     request: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Rules:
   1. A push reads pages that the scheduler half pinned, as the forward pass completes their layers.
-  2. It lets go of them `pin_ms` after the step at the latest; once it has, no copy is left.
+  2. What a tail's last page holds behind its tokens is zeroed in the copy, before the checksum.
+  3. It lets go of them `pin_ms` after the step at the latest; once it has, no copy is left.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Pushes:
             reservation = await namespace.reserve(
                 [block.hash for block in job.blocks],
                 [block.parent for block in job.blocks],
+                tokens=[block.tokens for block in job.blocks],
                 region=region,
             )
             async with reservation:
@@ -144,6 +146,7 @@ class Pushes:
                     return None
                 cells = reservation.cells(index)[done:ready]
                 pages.gather(done, ready, job.blocks[index].pages, cells)
+                pages.format.zero_behind(cells, job.blocks[index].tokens)
             stretch = Region(first + done, first + ready, region.head_start, region.head_stop)
             done = ready
             if done == pages.layers:

@@ -64,15 +64,16 @@ class Rank:
         tier: int = 0,
     ) -> None:
         """Log a hash of what stands in the engine's pages, by head over all layers of the rank."""
+        block = job.blocks[index]
         present = [page for page in pages if page != SKIP]
         shape = (self.pages.layers, self.pages.heads, len(present), self.pages.format.page_bytes)
         cells = np.empty(shape, dtype=np.uint8)
         self.pages.gather(0, self.pages.layers, present, cells)
+        self.pages.format.zero_behind(cells, block.tokens)
         hashes = [
             f"{checksum(np.ascontiguousarray(cells[:, head])):016x}"
             for head in range(self.pages.heads)
         ]
-        block = job.blocks[index]
         self.log.write(
             event,
             request=block.request,

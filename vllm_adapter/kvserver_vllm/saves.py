@@ -1,13 +1,15 @@
 """Saves: blocks that a step completes are announced, ordered from the ranks, and pinned meanwhile.
 
 Rules:
-  1. A block is saved once, by the step that computes its last token.
+  1. A block is saved once, by the step that computes its last token; a prompt's tail only when
+     the prompt is handed off.
   2. Pages under a push are pinned in the block pool until every rank has let go of them.
   3. Pushes of requests that are over may pin a bounded share of the pool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvserver_vllm.common import Common, Tracked
@@ -52,7 +54,9 @@ class Saves:
         tracked.announced = []
         if chain is None or not common.hub.responsive:
             return
-        coming = chain.hashes[tracked.saved : tracked.request.num_prompt_tokens // common.block]
+        coming = chain.hashes[tracked.saved : chain.prompt_blocks]
+        if self._pushes_tail(tracked):
+            coming = [*coming, chain.tail]
         if coming:
             tracked.announced = coming
             self._own.update(coming)
@@ -93,7 +97,8 @@ class Saves:
             request = tracked.request
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
             full = computed // self._common.block
-            if full <= tracked.saved or not self._hashed(tracked, full):
+            tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
+            if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
                 continue
             if self._pins.orphans > self._orphans_max():
                 self._common.count("saves_skipped")
@@ -102,22 +107,42 @@ class Saves:
             tables = state.get_block_ids(request_id) if state is not None else None
             if tables is None:
                 continue
-            for index in range(tracked.saved, full):
-                block = self._common.block_pages(tracked, index, tables[0])
+            for block in self._completed(tracked, full, tail, tables[0]):
                 if SKIP in block.pages or block.hash in taken or self._pins.saving(block.hash):
                     continue
                 taken.add(block.hash)
                 found.append((block, self._common.engine_blocks(block)))
-            tracked.saved = full
         return found
+
+    def _completed(
+        self, tracked: Tracked, full: int, tail: bool, block_ids: Sequence[int]
+    ) -> list[BlockPages]:
+        """The blocks up to `full` that were not saved yet, and the prompt's tail if it is time."""
+        common, chain = self._common, tracked.chain
+        assert chain is not None
+        blocks = [
+            common.block_pages(tracked, index, block_ids) for index in range(tracked.saved, full)
+        ]
+        tracked.saved = max(tracked.saved, full)
+        if tail:
+            tracked.tail_saved = True
+            at = chain.prompt_blocks
+            blocks.append(common.block_pages(tracked, at, block_ids, tail=True))
+        return blocks
+
+    def _pushes_tail(self, tracked: Tracked) -> bool:
+        """Tails are pushed for hand-offs only: whoever else asked would have to ask for just that
+        prompt."""
+        chain = tracked.chain
+        wanted = tracked.hands_off and not tracked.tail_saved and self._common.tails
+        return wanted and chain is not None and bool(chain.tail)
 
     def _hashed(self, tracked: Tracked, blocks: int) -> bool:
         """Make sure the chain is that long. The prompt's part is the hub thread's work."""
         chain = tracked.chain
         if chain is None:
             return False
-        prompt = tracked.request.num_prompt_tokens // self._common.block
-        if len(chain.hashes) < min(blocks, prompt):
+        if len(chain.hashes) < min(blocks, chain.prompt_blocks):
             return False
         chain.extend(blocks)
         return True

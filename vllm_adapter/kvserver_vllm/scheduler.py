@@ -16,6 +16,7 @@ from kvserver_vllm.events import EventLog
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.lookups import Lookups
 from kvserver_vllm.messages import RankReport, StepMeta
+from kvserver_vllm.patience import Patience
 from kvserver_vllm.saves import Saves
 
 
@@ -50,7 +51,8 @@ class SchedulerHalf:
         )
         self._loads = Loads(self._common)
         self._saves = Saves(self._common, ranks)
-        self._lookups = Lookups(self._common, self._loads, self._saves)
+        patience = Patience(self._common, self._saves)
+        self._lookups = Lookups(self._common, self._loads, patience)
         self._requests: dict[str, Tracked] = {}
         self._told = b""
         self._layer_start: dict[int, int] = {}
@@ -65,8 +67,12 @@ class SchedulerHalf:
         self._common.pool = pool
         self._saves.bind(pool)
 
-    def open(self, spec: bytes, page_tokens: int, layer_start: dict[int, int]) -> None:
-        """From now on work in this namespace. Safe to call from the hub's thread."""
+    def open(
+        self, spec: bytes, page_tokens: int, layer_start: dict[int, int], *, tails: bool
+    ) -> None:
+        """From now on work in this namespace. `tails`: its pages can be filled in part. Safe to
+        call from the hub's thread."""
+        self._common.tails = tails
         self._common.page_tokens = page_tokens
         self._layer_start = dict(layer_start)
         self._common.spec = spec
@@ -112,17 +118,23 @@ class SchedulerHalf:
         tracked = self._requests.get(request.request_id)
         return self._loads.tiers_of(tracked, tokens) if tracked is not None else {}
 
-    def finished(self, request: Any) -> None:
-        """vLLM's request_finished, for whatever reason."""
+    def finished(self, request: Any, *, whole: bool) -> dict[str, Any] | None:
+        """vLLM's request_finished, for whatever reason; `whole` unless it was aborted. Returns the
+        kv_transfer_params of its answer: after a prefill leg, the hint for the decode leg."""
         tracked = self._requests.pop(request.request_id, None)
         self._loads.abort(request.request_id)
-        if tracked is not None:
-            self._saves.finished(request.request_id, tracked)
+        if tracked is None:
+            return None
+        self._saves.finished(request.request_id, tracked)
+        if not (whole and tracked.hands_off and self._common.saves):
+            return None
+        return {"do_remote_prefill": True, "do_remote_decode": False}
 
     # ---- each step ---------------------------------------------------------------------------
 
     def build_meta(self, output: Any) -> StepMeta:
         """vLLM's build_connector_meta; reads `output` only."""
+        self._common.pace.step_begins(self._common.clock(), self._prompt_tokens(output))
         loads, aborts = self._loads.take_orders()
         meta = StepMeta(
             loads=loads, aborts=aborts, saves=self._saves.orders(output, self._requests)
@@ -132,8 +144,23 @@ class SchedulerHalf:
             meta.spec, meta.layer_start = self._common.spec, self._layer_start
         return meta
 
+    def _prompt_tokens(self, output: Any) -> int:
+        """Tokens of prompts that this step computes."""
+        tokens = 0
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(request_id)
+            if tracked is not None:
+                left = tracked.request.num_prompt_tokens - tracked.request.num_computed_tokens
+                tokens += max(0, min(scheduled, left))
+                if left > 0:
+                    self._common.log.write(
+                        "scheduled", request=request_id, tokens=scheduled, left=left
+                    )
+        return tokens
+
     def ranks_reported(self, report: RankReport | None, received: set[str]) -> None:
         """News from the ranks: finished saves, failed blocks, loads that all ranks ended."""
+        self._common.pace.step_ends(self._common.clock())
         if report is not None:
             for job, ranks in report.saved.items():
                 self._saves.released(job, ranks)

@@ -239,3 +239,53 @@ def test_unknown_encodings_take_whole_engine_blocks() -> None:
     form = PageFormat.of("strange/1", LayerTensor.of(layer))
     assert (form.page_tokens, form.pages_per_block) == (32, 1)
     assert form.page_bytes == 32 * CONTENT * 4
+
+
+@pytest.mark.parametrize(("encoding", "page"), [(CPU_ENCODING, 32), (TOKEN_ENCODING, 16)])
+@pytest.mark.parametrize("used", [1, 13, 15])
+def test_what_a_tail_page_holds_behind_its_tokens_is_zeroed(
+    encoding: str, page: int, used: int
+) -> None:
+    """Two tails of equal tokens and different traffic are equal bytes; unzeroed they are not."""
+    tokens = page + used
+    outs, raw = [], []
+    for traffic in (1.0, 2.0):
+        tensors = kv_tensors("LBHNC", 32)
+        fill(tensors)
+        pages = HostPages(encoding, tensors)
+        out = np.zeros((LAYERS, HEADS, 2, pages.format.page_bytes), np.uint8)
+        pages.gather(0, LAYERS, [2, 3], out)
+        held = out[..., 1, :].view(np.float32).reshape(LAYERS, HEADS, -1)
+        behind = _behind(encoding, page, used, held.shape[-1])
+        held[..., behind] = traffic
+        raw.append(out.copy())
+        pages.format.zero_behind(out, tokens)
+        assert not held[..., behind].any()
+        assert np.array_equal(held[..., ~behind], raw[-1][..., 1, :].view(np.float32)[..., ~behind])
+        assert np.array_equal(out[..., 0, :], raw[-1][..., 0, :])
+        outs.append(out)
+    assert np.array_equal(*outs)
+    assert not np.array_equal(*raw)
+
+
+def _behind(encoding: str, page: int, used: int, items: int) -> np.ndarray:
+    """Which floats of a page belong to tokens from `used` on, said without the code under test."""
+    dims = items // 2 // page
+    token = np.empty(items, int)
+    if encoding == CPU_ENCODING:
+        token[: items // 2] = np.tile(np.arange(page), dims)
+        token[items // 2 :] = np.repeat(np.arange(page), dims)
+    else:
+        token[:] = np.repeat(np.arange(page), 2 * dims)
+    return token >= used
+
+
+def test_a_full_page_has_nothing_behind_it_and_opaque_pages_are_refused() -> None:
+    tensors = kv_tensors("LBHNC", 32)
+    fill(tensors)
+    pages = HostPages("opaque/1", tensors)
+    out = np.ones((LAYERS, HEADS, 1, pages.format.page_bytes), np.uint8)
+    pages.format.zero_behind(out, 32)
+    assert out.all()
+    with pytest.raises(FieldError, match="encoding is 'opaque/1'"):
+        pages.format.zero_behind(out, 31)

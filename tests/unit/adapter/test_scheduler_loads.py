@@ -191,7 +191,7 @@ def test_loads_hold_at_most_their_share_of_the_pool() -> None:
 def test_an_aborted_load_is_cancelled_and_ends_when_the_ranks_say_so(world: World) -> None:
     request = world.new(FakeRequest("a", 300), usable=2)
     start_load(world, request)
-    world.half.finished(request)
+    world.half.finished(request, whole=True)
     assert world.half.has_pending_work
     assert world.step().aborts == ["a"]
     follower = world.new(FakeRequest("b", 300), usable=2)
@@ -270,7 +270,7 @@ def test_pages_are_pinned_until_every_rank_has_let_go() -> None:
     (job,) = world.step(a=300).saves
     assert world.pinned(table) == table[:8]
     assert world.half.has_pending_work
-    world.half.finished(request)
+    world.half.finished(request, whole=True)
     world.pool.free_blocks([world.pool.blocks[b] for b in reversed(table)])
     assert all(world.pool.blocks[b].ref_cnt == 1 for b in table[:8])
     world.report(saved={job.job: 1})
@@ -315,7 +315,7 @@ def test_blocks_of_finished_requests_may_pin_only_their_share() -> None:
         request = world.new(FakeRequest(str(number), 640, seed=number), usable=0)
         world.alloc(request)
         jobs += world.step(**{str(number): 640}).saves
-        world.half.finished(request)
+        world.half.finished(request, whole=True)
         world.pool.free_blocks([world.pool.blocks[b] for b in reversed(world.tables[str(number)])])
     assert len(jobs) == 4
     assert world.half.counters["saves_skipped"] == 2
@@ -343,7 +343,7 @@ def test_after_a_reset_requests_at_hand_are_neither_saved_nor_loaded(world: Worl
     world.alloc(request)
     world.half.forget()
     assert world.match(request) == (0, False)
-    world.half.open(SPEC, PAGE, {0: 0})
+    world.half.open(SPEC, PAGE, {0: 0}, tails=True)
     assert world.step(a=300).saves == []
 
 

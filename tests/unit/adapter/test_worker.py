@@ -1,11 +1,9 @@
-"""The worker half against a hub in this process that holds, delays or fails as the test says."""
+"""Loads and reports of the worker half against a hub that holds, delays or fails."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,203 +12,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch
 
 from kvclient import Unavailable
-from kvproto.grid import Region
-from kvserver_vllm.config import Settings
-from kvserver_vllm.events import EventLog
-from kvserver_vllm.layout import CPU_ENCODING, SKIP, HostPages
-from kvserver_vllm.messages import BlockPages, LoadJob, RankReport, SaveJob, StepMeta
-from kvserver_vllm.worker import WorkerHalf
-
-LAYERS, BLOCKS, HEADS, TOKENS, DIMS = 4, 16, 2, 32, 4
-PAGES = 4
-NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-REGION = Region(0, LAYERS, 0, HEADS)
-
-
-def key(number: int) -> bytes:
-    return bytes([number]) * 32
-
-
-def block(number: int, first_page: int) -> BlockPages:
-    pages = tuple(range(first_page, first_page + PAGES))
-    return BlockPages(hash=key(number), parent=bytes(32), pages=pages, request="a")
-
-
-class FakeNamespace:
-    """Blocks in a dictionary; `gate` holds every call, `error` fails it."""
-
-    def __init__(self) -> None:
-        self.stored: dict[bytes, np.ndarray] = {}
-        self.commits: list[tuple[list[int], Region]] = []
-        self.aborted = 0
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.error: Exception | None = None
-        self.refused: set[bytes] = set()
-        self.corrupt: set[bytes] = set()
-        self.regions: list[Region] = []
-
-    async def enter(self) -> None:
-        await self.gate.wait()
-        if self.error is not None:
-            raise self.error
-
-    async def reserve(
-        self, hashes: Sequence[bytes], parents: Sequence[bytes], *, region: Region
-    ) -> FakeReservation:
-        await self.enter()
-        self.regions.append(region)
-        return FakeReservation(self, list(hashes), region)
-
-    def acquire(self, hashes: Sequence[bytes], *, region: Region, **_: Any) -> FakeStream:
-        self.regions.append(region)
-        return FakeStream(self, list(hashes), region)
-
-
-class FakeReservation:
-    def __init__(self, namespace: FakeNamespace, hashes: list[bytes], region: Region) -> None:
-        self._namespace, self._hashes, self._region = namespace, hashes, region
-        self.writable = [i for i, h in enumerate(hashes) if h not in namespace.refused]
-        shape = (region.layers, region.heads, PAGES, TOKENS * 2 * DIMS * 4)
-        self._cells = {i: np.zeros(shape, np.uint8) for i in self.writable}
-
-    async def __aenter__(self) -> FakeReservation:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._namespace.aborted += 1
-
-    def cells(self, index: int) -> np.ndarray:
-        return self._cells[index]
-
-    async def commit(self, indices: Sequence[int], *, region: Region) -> np.ndarray:
-        await self._namespace.enter()
-        self._namespace.commits.append((list(indices), region))
-        if region.layer_stop == self._region.layer_stop:
-            for index in indices:
-                self._namespace.stored[self._hashes[index]] = self._cells[index].copy()
-        return np.zeros(len(indices), np.uint8)
-
-
-class FakeStream:
-    def __init__(self, namespace: FakeNamespace, hashes: list[bytes], region: Region) -> None:
-        self.region = region
-        self._namespace = namespace
-        self._left = [i for i, h in enumerate(hashes) if h in namespace.stored]
-        self._hashes = hashes
-
-    async def __aenter__(self) -> FakeStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
-
-    def __aiter__(self) -> FakeStream:
-        return self
-
-    async def __anext__(self) -> FakeGranted:
-        await self._namespace.enter()
-        if not self._left:
-            raise StopAsyncIteration
-        index = self._left.pop(0)
-        name = self._hashes[index]
-        return FakeGranted(index, self._namespace.stored[name], name not in self._namespace.corrupt)
-
-
-class FakeGranted:
-    tier = 2
-
-    def __init__(self, index: int, cells: np.ndarray, good: bool) -> None:
-        self.index, self.cells, self._good = index, cells, good
-
-    def verify(self) -> bool:
-        return self._good
-
-    async def release(self) -> None:
-        return None
-
-
-class FakeLink:
-    keys_max = 3
-    window_bytes_max = 1 << 30
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.opened = FakeNamespace()
-        self.doubts: list[BaseException] = []
-        self.greeted: list[bytes] = []
-
-    def submit(self, work: Coroutine[Any, Any, None]) -> None:
-        self.loop.call_soon_threadsafe(self.spawn, work)
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return self.loop.create_task(work)
-
-    async def greet(self, spec: bytes) -> None:
-        self.greeted.append(spec)
-
-    async def namespace(self, spec: bytes, deadline_s: float = 5.0) -> FakeNamespace:
-        assert spec == b"spec"
-        return self.opened
-
-    def doubt(self, error: BaseException) -> None:
-        self.doubts.append(error)
-
-    def turn(self, seconds: float = 0.0) -> None:
-        """Let the link's thread do all it can, and at least `seconds` pass."""
-
-        async def settle() -> None:
-            for _ in range(30):
-                await asyncio.sleep(0)
-            await asyncio.sleep(seconds)
-
-        self.loop.run_until_complete(settle())
-
-    def close(self) -> None:
-        self.turn()
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self.loop.run_until_complete(asyncio.wait(tasks))
-        self.loop.close()
-
-
-class Rank:
-    """A rank with random KV."""
-
-    def __init__(self, link: FakeLink, log: Path | None = None, **settings: Any) -> None:
-        generator = torch.Generator().manual_seed(3)
-        shape = (BLOCKS, HEADS, TOKENS, 2 * DIMS)
-        self.kv = [torch.rand(shape, generator=generator) for _ in range(LAYERS)]
-        self.pages = HostPages(CPU_ENCODING, self.kv)
-        self.log_path = log
-        self.half = WorkerHalf(
-            Settings.parse({"address": "hub:1", **settings}),
-            link,  # type: ignore[arg-type]
-            EventLog(str(log) if log else "", rank=0),
-            self.pages,
-            NAMES,
-            stage=0,
-            head_start=0,
-            pushes=True,
-        )
-
-    def cells(self, pages: Sequence[int]) -> np.ndarray:
-        out = np.zeros((LAYERS, HEADS, len(pages), self.pages.format.page_bytes), np.uint8)
-        self.pages.gather(0, LAYERS, pages, out)
-        return out
-
-    def bind(self, **meta: Any) -> None:
-        self.half.bind(StepMeta(spec=b"spec", layer_start={0: 0}, **meta))
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        assert self.log_path is not None
-        lines = [json.loads(line) for line in self.log_path.read_text().splitlines()]
-        return [line for line in lines if line["event"] == name]
+from kvserver_vllm.layout import SKIP
+from kvserver_vllm.messages import LoadJob, RankReport, SaveJob, StepMeta
+from tests.support.worker_world import HEADS, LAYERS, NAMES, PAGES, FakeLink, Rank, block, key
 
 
 @pytest.fixture
@@ -223,119 +29,6 @@ def link() -> Iterator[FakeLink]:
 @pytest.fixture
 def rank(link: FakeLink) -> Rank:
     return Rank(link)
-
-
-# ---- pushes ----------------------------------------------------------------------------------
-
-
-def test_layers_are_committed_while_the_forward_pass_goes_on(link: FakeLink, rank: Rank) -> None:
-    rank.bind(saves=[SaveJob(7, (block(1, 4), block(2, 8)))])
-    link.turn()
-    assert link.opened.commits == []
-    for layer, name in enumerate(NAMES[:-1]):
-        rank.half.layer_saved(name)
-        link.turn()
-        done = Region(layer, layer + 1, 0, HEADS)
-        assert link.opened.commits[-1] == ([0, 1], done)
-        assert rank.half.take_report() is None
-    rank.half.layer_saved(NAMES[-1])
-    rank.half.step_saved()
-    link.turn()
-    assert rank.half.take_report() == RankReport({7: 1})
-    assert np.array_equal(link.opened.stored[key(1)], rank.cells([4, 5, 6, 7]))
-    assert np.array_equal(link.opened.stored[key(2)], rank.cells([8, 9, 10, 11]))
-
-
-def test_layers_that_no_hook_took_are_pushed_after_the_step(link: FakeLink, rank: Rank) -> None:
-    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    rank.half.layer_saved(NAMES[2])
-    link.turn()
-    assert link.opened.commits == []
-    rank.half.step_saved()
-    link.turn()
-    assert link.opened.commits == [([0], REGION)]
-    assert np.array_equal(link.opened.stored[key(1)], rank.cells([4, 5, 6, 7]))
-
-
-def test_the_hooks_only_enqueue_even_when_the_hub_hangs(link: FakeLink, rank: Rank) -> None:
-    link.opened.gate.clear()
-    began = time.monotonic()
-    for step in range(50):
-        rank.bind(saves=[SaveJob(step, (block(step, 4),))])
-        for name in NAMES:
-            rank.half.layer_saved(name)
-        rank.half.step_saved()
-    assert time.monotonic() - began < 0.5
-
-
-def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: FakeLink) -> None:
-    rank = Rank(link, pin_ms=50)
-    link.opened.gate.clear()
-    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    link.turn(0.1)
-    assert rank.half.take_report() is None, "the step still runs"
-    rank.half.step_saved()
-    link.turn()
-    assert rank.half.take_report() is None
-    link.turn(0.08)
-    assert rank.half.take_report() == RankReport({1: 1})
-    assert rank.half.counters["saves_dropped"] == 1
-    link.opened.gate.set()
-    link.turn()
-    assert link.opened.stored == {}
-
-
-def test_pages_are_let_go_before_the_last_commit_is_answered(link: FakeLink, rank: Rank) -> None:
-    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    link.turn()
-    link.opened.gate.clear()
-    rank.half.step_saved()
-    link.turn()
-    assert rank.half.take_report() == RankReport({1: 1})
-    link.opened.gate.set()
-    link.turn()
-    assert key(1) in link.opened.stored
-
-
-def test_a_failed_push_lets_its_pages_go_and_is_no_error(link: FakeLink, rank: Rank) -> None:
-    link.opened.error = Unavailable("gone")
-    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    link.turn()
-    rank.half.step_saved()
-    link.turn()
-    assert rank.half.take_report() == RankReport({1: 1})
-    assert link.doubts == [link.opened.error]
-
-
-def test_blocks_that_the_hub_has_are_not_written(link: FakeLink, rank: Rank) -> None:
-    link.opened.refused = {key(1)}
-    rank.bind(saves=[SaveJob(1, (block(1, 4), block(2, 8)))])
-    rank.half.step_saved()
-    link.turn()
-    assert link.opened.commits == [([1], REGION)]
-    link.opened.refused = {key(3)}
-    rank.bind(saves=[SaveJob(2, (block(3, 4),))])
-    rank.half.step_saved()
-    link.turn()
-    assert rank.half.take_report() == RankReport({1: 1, 2: 1})
-
-
-def test_a_full_queue_drops_the_save_and_counts_it(link: FakeLink) -> None:
-    rank = Rank(link, jobs_max=2)
-    link.opened.gate.clear()
-    for job in range(4):
-        rank.bind(saves=[SaveJob(job, (block(job, 4),))])
-    assert rank.half.counters["saves_dropped"] == 2
-    assert rank.half.take_report() == RankReport({2: 1, 3: 1})
-
-
-def test_a_replica_pushes_nothing_and_reports_all_the_same(link: FakeLink, rank: Rank) -> None:
-    rank.half._pushes.on = False
-    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    rank.half.step_saved()
-    link.turn()
-    assert link.opened.commits == []
-    assert rank.half.take_report() == RankReport({1: 1})
 
 
 # ---- loads -----------------------------------------------------------------------------------
@@ -384,8 +77,8 @@ def test_missing_and_corrupt_blocks_are_named(link: FakeLink, rank: Rank) -> Non
 def test_skipped_pages_are_neither_written_nor_named(link: FakeLink, rank: Rank) -> None:
     store(link, rank, 1)
     before = rank.cells([4, 5])
-    part = BlockPages(hash=key(0), parent=bytes(32), pages=(SKIP, SKIP, 6, 7), request="a")
-    gone = BlockPages(hash=key(9), parent=bytes(32), pages=(SKIP, 9, 10, 11), request="a")
+    part = replace(block(0, 4), pages=(SKIP, SKIP, 6, 7))
+    gone = replace(block(9, 8), pages=(SKIP, 9, 10, 11))
     rank.bind(loads=[LoadJob("a", (part, gone), 5.0)])
     rank.half.start_loads()
     link.turn()
