@@ -36,6 +36,7 @@ from kvclient.results import (
     Tier,
 )
 from kvclient.tls import Tls
+from kvclient.transfer.direct import Pin, Registered, Scattered
 from kvclient.writing import Reservation
 
 __all__ = [
@@ -56,12 +57,15 @@ __all__ = [
     "Namespace",
     "Need",
     "NotFound",
+    "Pin",
     "PullResult",
     "PushResult",
     "PushVerdict",
     "ReadStream",
+    "Registered",
     "Reservation",
     "ReserveVerdict",
+    "Scattered",
     "SyncGranted",
     "SyncReadStream",
     "SyncReservation",

@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +30,7 @@ from kvclient.session import Link, Message, Options, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.tls import Tls
+from kvclient.transfer.direct import Memories, Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -41,13 +42,13 @@ class Connecting:
     """What `AsyncClient.connect` returns: await it, or enter it with `async with`."""
 
     def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+        self.client = client
 
     def __await__(self) -> Generator[Any, None, AsyncClient]:
-        return self._client.open().__await__()
+        return self.client.open().__await__()
 
     async def __aenter__(self) -> AsyncClient:
-        return await self._client.open()
+        return await self.client.open()
 
     async def __aexit__(
         self,
@@ -55,7 +56,7 @@ class Connecting:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        await self._client.close()
+        await self.client.close()
 
 
 class AsyncClient:
@@ -87,6 +88,7 @@ class AsyncClient:
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
+        direct: bool = False,
     ) -> Connecting:
         """Connect to the hub at `address` ("host:port"): `await` it or use `async with`.
 
@@ -104,6 +106,8 @@ class AsyncClient:
         copy_threads  threads for copies and checksums, default 2
         staging_bytes memory that nixl moves bytes through, default 128 MiB
         nixl_params   parameters of the NIXL backend, default none
+        direct        nixl moves what lies in registered memory (`register`) without staging, and
+                      a call that fails may leave some of it pinned; default False
 
         Errors name the address and the reason: Unavailable, DeadlineExceeded, NotFound (no such
         session to join), Unsupported (no transport in common).
@@ -121,6 +125,7 @@ class AsyncClient:
             tls=tls,
             staging_bytes=staging_bytes,
             nixl_params=dict(nixl_params or {}),
+            direct=direct,
         )
         return Connecting(cls(options, copy_threads=copy_threads))
 
@@ -176,6 +181,49 @@ class AsyncClient:
         in a session of its own.
         """
         self.session.rejoin(token)
+
+    # ---- memory that the hub may be sent to ------------------------------------------------
+
+    async def register(self, memory: Any, *, deadline_s: float | None = None) -> Registered:
+        """Let pushes and pulls move what lies in this memory without staging (nixl, `direct`).
+
+        `memory` is a contiguous NumPy array, or a torch tensor on the CPU or a CUDA device; it is
+        kept alive. Do it once for all of it: it costs milliseconds, on RDMA hardware more. It holds
+        for later sessions too; with another transport it changes nothing.
+
+        A call that fails may leave parts of it pinned: a hub that stopped may go on and read or
+        write them. `pin` of the error, or `pin(...)` here, says until when. InvalidArgument without
+        `direct`, Conflict when it overlaps with what was registered before.
+        """
+        if not self.session.options.direct:
+            raise InvalidArgument.of("direct", False, "True, to register memory")
+        registered = Registered.of(memory)
+        self.memories.add(registered)
+        try:
+            await self.session.attach(self.deadline(deadline_s))
+        except BaseException:
+            self.memories.remove(registered)
+            raise
+        return registered
+
+    async def unregister(self, memory: Registered, *, deadline_s: float | None = None) -> None:
+        """Take it back. Conflict while a hub may still touch it."""
+        self.memories.remove(memory)
+        await self.session.attach(self.deadline(deadline_s))
+
+    @property
+    def direct(self) -> bool:
+        """Whether registered memory is moved without staging now."""
+        return self.session.link.transfer.direct
+
+    @property
+    def memories(self) -> Memories:
+        return self.session.options.memories
+
+    def pin(self, blocks: Iterable[Any]) -> Pin:
+        """What a hub may still read or write of these arrays, tensors, Scattered blocks or
+        Registered memories: also of calls that still run, and after a cancellation."""
+        return self.memories.pin(blocks)
 
     # ---- namespaces and administration ---------------------------------------------------
 

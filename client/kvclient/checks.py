@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from kvclient.errors import InvalidArgument
 from kvclient.results import Bytes
+from kvclient.transfer.direct import Block, Scattered
 from kvproto.errors import FieldError
 from kvproto.grid import Grid, Region
 from kvproto.prefix import HASH_BYTES, ROOT
 
-Arrays = Bytes | Sequence[Bytes]
+Arrays = Bytes | Sequence[Bytes] | Sequence[Scattered]
 
 
 def hash_list(field: str, hashes: Sequence[bytes], *, count_max: int | None = None) -> list[bytes]:
@@ -78,11 +78,11 @@ def milliseconds(field: str, seconds: float, limit_s: float) -> int:
 
 def blocks_of(
     field: str, arrays: Arrays, tokens: Sequence[int], grid: Grid, region: Region
-) -> list[Bytes]:
+) -> list[Block]:
     """One array [layers, heads, bytes] per block, each wide enough for a cell of its tokens.
 
     Takes [N, layers, heads, bytes] or a list of [layers, heads, bytes]; the bytes may also come
-    as [pages, page bytes].
+    as [pages, page bytes]. Or a list of Scattered, of the same shape.
     """
     if len(arrays) != len(tokens):
         raise InvalidArgument.of(field, len(arrays), f"{len(tokens)} blocks, one a key")
@@ -92,7 +92,9 @@ def blocks_of(
     ]
 
 
-def _block(field: str, array: npt.NDArray[np.uint8], cell_bytes: int, region: Region) -> Bytes:
+def _block(field: str, array: Block, cell_bytes: int, region: Region) -> Block:
+    if isinstance(array, Scattered):
+        return _scattered(field, array, cell_bytes, region)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         kind = getattr(array, "dtype", type(array).__name__)
         raise InvalidArgument.of(field, str(kind), "a NumPy array of uint8")
@@ -109,12 +111,22 @@ def _block(field: str, array: npt.NDArray[np.uint8], cell_bytes: int, region: Re
     return array
 
 
+def _scattered(field: str, block: Scattered, cell_bytes: int, region: Region) -> Scattered:
+    layers, heads, width = block.shape
+    if (layers, heads) != (region.layers, region.heads) or width < cell_bytes:
+        limit = f"shape [{region.layers}, {region.heads}, {cell_bytes} or more]"
+        raise InvalidArgument.of(field, block.shape, limit)
+    return block
+
+
 def targets_of(
     field: str, arrays: Arrays, tokens: Sequence[int], grid: Grid, region: Region
-) -> list[Bytes]:
+) -> list[Block]:
     """The same for arrays that are written: writable, and each cell contiguous."""
     blocks = blocks_of(field, arrays, tokens, grid, region)
     for i, block in enumerate(blocks):
+        if isinstance(block, Scattered):
+            continue
         if not block.flags.writeable:
             raise InvalidArgument.of(f"{field}[{i}]", "read-only", "a writable array")
         if block.shape[2] > 1 and block.strides[2] != 1:

@@ -21,7 +21,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -35,6 +35,7 @@ from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
 from kvclient.tls import Tls
+from kvclient.transfer.direct import Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
@@ -106,6 +107,7 @@ class Client:
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
+        direct: bool = False,
     ) -> None:
         """A client that connects at its first use. Parameters: `AsyncClient.connect`."""
         self._options = Options(
@@ -121,6 +123,7 @@ class Client:
             tls=tls,
             staging_bytes=staging_bytes,
             nixl_params=dict(nixl_params or {}),
+            direct=direct,
         ).check()
         self._copy_threads = copy_threads
         self._lock = threading.Lock()
@@ -145,6 +148,7 @@ class Client:
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
         nixl_params: dict[str, str] | None = None,
+        direct: bool = False,
     ) -> Self:
         """A client that is connected. Parameters and errors: `AsyncClient.connect`."""
         client = cls(
@@ -161,6 +165,7 @@ class Client:
             copy_threads=copy_threads,
             staging_bytes=staging_bytes,
             nixl_params=nixl_params,
+            direct=direct,
         )
         client.open()
         return client
@@ -247,6 +252,21 @@ class Client:
             self.aio.rejoin(token)
 
         self.run(lambda: work(), None, 0.0, "rejoin")
+
+    def register(self, memory: Any, *, deadline_s: float | None = None) -> Registered:
+        client = self.aio
+        return self.run(
+            lambda: client.register(memory, deadline_s=deadline_s), deadline_s, 0.0, "register"
+        )
+
+    def unregister(self, memory: Registered, *, deadline_s: float | None = None) -> None:
+        client = self.aio
+        self.run(
+            lambda: client.unregister(memory, deadline_s=deadline_s), deadline_s, 0.0, "unregister"
+        )
+
+    def pin(self, blocks: Iterable[Any]) -> Pin:
+        return self._options.memories.pin(blocks)
 
     # ---- namespaces and administration ---------------------------------------------------
 

@@ -34,8 +34,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvclient.errors import KVError, Unavailable
+from kvclient.errors import KVError, Unavailable, Unsupported
+from kvclient.timing import Deadline
 from kvclient.transfer.base import Arena, Bytes, Transfer
+from kvclient.transfer.direct import Block, Scattered
 from kvproto.checksum import grid_checksums, root_of
 from kvproto.grid import Grid, Region
 
@@ -224,8 +226,9 @@ def _copy_long_rows(
 
 
 class Writing:
-    """What goes into granted slots: `sources`, one [layers, heads, >= cell bytes] a block. Without
-    sources, what stands in the slots is only hashed (an Arena can do that).
+    """What goes into granted slots: `sources`, one [layers, heads, >= cell bytes] a block, or what
+    is Scattered in registered memory (a `direct` Transfer takes that). Without sources, what
+    stands in the slots is only hashed (an Arena can do that).
 
     `hold` is the reservation, `granted` its region. `sums[i]` are block i's checksums in
     layer-major order once it was moved; `stale[i]` says that its slot was lost on the way.
@@ -236,7 +239,7 @@ class Writing:
         grid: Grid,
         region: Region,
         slots: Sequence[Slot],
-        sources: Sequence[Bytes] | None,
+        sources: Sequence[Block] | None,
         *,
         hold: int = 0,
         granted: Region | None = None,
@@ -250,6 +253,11 @@ class Writing:
         self.sums: Checksums = np.zeros((len(slots), region.layers, region.heads), np.uint64)
         self.stale = np.zeros(len(slots), np.bool_)
         self.drained = True  # False: a hub may still write these slots on our behalf
+
+    def source(self, index: int) -> Bytes:
+        """Of a block that is an array."""
+        assert self.sources is not None
+        return as_array(self.sources[index])
 
 
 def write_piece(arena: Arena, work: Writing, piece: Piece) -> None:
@@ -277,7 +285,7 @@ def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
         return ours()
     whole = arena.writing(slot.offset, length)
     target = cells_of(whole, grid, slot.tokens, work.region)[piece.start : piece.stop]
-    source = work.sources[piece.index][piece.start : piece.stop, :, : target.shape[2]]
+    source = work.source(piece.index)[piece.start : piece.stop, :, : target.shape[2]]
     return copy_cells(target, source, sums.reshape(-1), ours)
 
 
@@ -286,8 +294,8 @@ def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
 
 class Reading:
     """What is read of granted slots into `targets` (one [layers, heads, >= cell bytes] a block;
-    rows contiguous), every byte checked. Without targets, what stands in the slots is only checked
-    (an Arena can do that).
+    rows contiguous; or Scattered, as in Writing), every byte checked. Without targets, what stands
+    in the slots is only checked (an Arena can do that).
 
     `hold` is the lease. `outcomes[i]` is valid once all of block i was moved.
     """
@@ -297,7 +305,7 @@ class Reading:
         grid: Grid,
         region: Region,
         slots: Sequence[Slot],
-        targets: Sequence[Bytes] | None,
+        targets: Sequence[Block] | None,
         *,
         hold: int = 0,
         granted: Region | None = None,
@@ -309,6 +317,11 @@ class Reading:
         self.hold = hold
         self.granted = granted or region
         self.outcomes = np.zeros(len(slots), np.uint8)
+
+    def target(self, index: int) -> Bytes:
+        """Of a block that is an array."""
+        assert self.targets is not None
+        return as_array(self.targets[index])
 
     def matches(self, index: int, start: int, stop: int, sums: Checksums, trailer: Bytes) -> bool:
         """Whether the checksums of layers [start, stop) of the region, and the root of block
@@ -347,7 +360,7 @@ def _read(arena: Arena, work: Reading, piece: Piece) -> Outcome:
     if work.targets is None:
         sums = grid_checksums(cells)
     else:
-        target = work.targets[piece.index][piece.start : piece.stop, :, : cells.shape[2]]
+        target = work.target(piece.index)[piece.start : piece.stop, :, : cells.shape[2]]
         sums = np.zeros(cells.shape[0] * cells.shape[1], np.uint64)
         if not copy_cells(target, cells, sums, current):
             return Outcome.STALE
@@ -367,6 +380,13 @@ class Mapped:
     def mapped(self) -> Literal[True]:
         return True
 
+    @property
+    def direct(self) -> bool:
+        return False
+
+    async def attach(self, deadline: Deadline) -> None:
+        """Nothing is registered here."""
+
     async def put(self: Arena, work: Writing, copier: Copier) -> None:
         pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
         await copier.run(partial(write_piece, self, work), pieces)
@@ -374,6 +394,20 @@ class Mapped:
     async def get(self: Arena, work: Reading, copier: Copier) -> None:
         pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
         await copier.run(partial(read_piece, self, work), pieces)
+
+
+def check_blocks(transfer: Transfer, blocks: Sequence[Block]) -> None:
+    """Unsupported for Scattered blocks where only arrays can be moved."""
+    if not transfer.direct and any(isinstance(block, Scattered) for block in blocks):
+        raise Unsupported(
+            f"pages in registered memory move by nixl with direct=True, not by {transfer.transport}"
+        )
+
+
+def as_array(block: Block) -> Bytes:
+    """Of blocks that `check_blocks` has let through."""
+    assert not isinstance(block, Scattered)
+    return block
 
 
 def as_arena(transfer: Transfer) -> Arena | None:

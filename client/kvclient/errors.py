@@ -17,22 +17,35 @@ trailing metadata `kv-kind`, `kv-field`, `kv-limit`; `from_rpc` maps them here, 
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import grpc
 
 from kvproto.errors import FieldError
 
+if TYPE_CHECKING:
+    from kvclient.transfer.direct import Pin
+
 
 class KVError(Exception):
-    """Base of all errors of this client. `kind`, `field` and `limit` are plain text."""
+    """Base of all errors of this client. `kind`, `field` and `limit` are plain text.
+
+    `pin` is None, or what of the caller's registered memory a hub may still read or write.
+    """
 
     kind_default = "internal"
 
     def __init__(self, message: str, *, kind: str = "", field: str = "", limit: str = "") -> None:
         super().__init__(message)
+        self.pin: Pin | None = None
         self.kind = kind or self.kind_default
         self.field = field
         self.limit = limit
+
+    def pinned(self, pin: Pin) -> None:
+        """The call is over, but a hub may still move this."""
+        self.pin = pin
+        self.args = (f"{self.args[0]}; {pin.nbytes} bytes of registered memory stay pinned",)
 
 
 class Unavailable(KVError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,8 @@ from kvclient.results import Lookup, Need, PullResult, PushResult
 from kvclient.session import Link, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
-from kvclient.writing import Push, Reservation, region_message
+from kvclient.transfer.cutting import region_message
+from kvclient.writing import Push, Reservation
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
@@ -221,19 +222,21 @@ class AsyncNamespace:
         part = region_in(region, self.grid)
         counts = token_list(tokens, len(keys), self.grid)
         deadline = self.deadline(deadline_s, wait_s)
+        sources = blocks_of("arrays", arrays, counts, self.grid, part)
         push = Push(
             self,
             hashes=keys,
             parents=parent_list(parents, keys),
             tokens=counts,
-            sources=blocks_of("arrays", arrays, counts, self.grid, part),
+            sources=sources,
             region=part,
             durable=durable,
             wait_s=wait_s,
             deadline=deadline,
         )
-        async with self.within(deadline, "push"):
-            await push.run()
+        with self.pinning(sources):
+            async with self.within(deadline, "push"):
+                await push.run()
         return PushResult(push.verdicts)
 
     # ---- reading -------------------------------------------------------------------------
@@ -287,15 +290,17 @@ class AsyncNamespace:
 
         `out` is uint8 [N, layers, heads, pages * page_bytes] or a list of such blocks, each cell
         contiguous. A block is found with exactly the bytes that were committed, or it is a miss.
-        When this returns or raises, nothing writes to `out` any more.
+        When this returns or raises, nothing writes to `out` any more; but for memory that was
+        registered (`AsyncClient.register`): then see `pin` of what is raised.
         """
         keys = hash_list("hashes", hashes)
         deadline = self.deadline(deadline_s, wait_s)
         pull = Pull(self, keys, out, region=region_in(region, self.grid), deadline=deadline)
-        async with self.within(deadline, "pull"):
-            return await pull.run(
-                wait_s=wait_s, window_bytes=window_bytes, inherit_lease=inherit_lease
-            )
+        with self.pinning(out):
+            async with self.within(deadline, "pull"):
+                return await pull.run(
+                    wait_s=wait_s, window_bytes=window_bytes, inherit_lease=inherit_lease
+                )
 
     async def release(self, *leases: int) -> None:
         """Give back leases of lookups; sent soon, with others."""
@@ -355,6 +360,17 @@ class AsyncNamespace:
                 yield
         except TimeoutError:
             raise late(what, self.session.address, deadline.seconds) from None
+
+    @contextmanager
+    def pinning(self, blocks: Iterable[Any]) -> Iterator[None]:
+        """Have what the body raises tell what of registered memory a hub may still touch."""
+        try:
+            yield
+        except KVError as error:
+            pin = self._client.pin(blocks)
+            if not pin.done:
+                error.pinned(pin)
+            raise
 
     async def handle(self, link: Link, deadline: Deadline) -> int:
         """This namespace's handle under `link`; opens it there the first time."""

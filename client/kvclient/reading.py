@@ -21,12 +21,24 @@ import grpc.aio
 import numpy as np
 
 from kvclient.checks import Arrays, targets_of
-from kvclient.copying import Outcome, Piece, Reading, Slot, as_arena, cells_of, read_piece
+from kvclient.copying import (
+    Outcome,
+    Piece,
+    Reading,
+    Slot,
+    as_arena,
+    as_array,
+    cells_of,
+    check_blocks,
+    read_piece,
+)
 from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError, late
 from kvclient.results import Bytes, PullResult, Tier
 from kvclient.session import Link, Session
 from kvclient.timing import Deadline
-from kvclient.writing import permits_of, region_message
+from kvclient.transfer.cutting import region_message
+from kvclient.transfer.direct import Block
+from kvclient.writing import permits_of
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -187,8 +199,8 @@ class Granted:
         targets = targets_of("out", [out], [self.tokens], namespace.grid, self._stream.region)
         transfer = self.batch.link.transfer
         if not transfer.mapped:
-            cells = self.cells
-            targets[0][:, :, : cells[0, 0].size] = cells.reshape(*cells.shape[:2], -1)
+            cells, target = self.cells, as_array(targets[0])
+            target[:, :, : cells[0, 0].size] = cells.reshape(*cells.shape[:2], -1)
             return self._judge(self._outcome)
         work = self._work(targets)
         await transfer.get(work, namespace.copier)
@@ -215,7 +227,7 @@ class Granted:
         if self.corrupt:
             self._stream.namespace.report_soon([self._stream.hashes[self.index]], self.batch.link)
 
-    def _work(self, targets: list[Bytes] | None) -> Reading:
+    def _work(self, targets: list[Block] | None) -> Reading:
         grid, region = self._stream.namespace.grid, self._stream.region
         return Reading(grid, region, [self.slot], targets, hold=self.batch.lease)
 
@@ -467,6 +479,7 @@ class Pull:
                 if target.shape[2] < cell_bytes:
                     limit = f"cells of {cell_bytes} bytes ({slot.tokens} tokens) or more"
                     raise InvalidArgument.of(f"out[{first + index}]", target.shape, limit)
+            check_blocks(batch.link.transfer, targets)
             work = Reading(grid, region, batch.slots, targets, hold=batch.lease)
             await batch.link.transfer.get(work, self._namespace.copier)
         finally:

@@ -43,7 +43,9 @@ from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
 from kvclient.tls import Tls
 from kvclient.transfer import choose
 from kvclient.transfer.base import Transfer
-from kvclient.transfer.ring import STAGING_BYTES, STAGING_BYTES_MAX, STAGING_BYTES_MIN
+from kvclient.transfer.direct import Memories
+from kvclient.transfer.ring import STAGING_BYTES, STAGING_BYTES_MAX, STAGING_BYTES_MIN, orphans
+from kvclient.transfer.settling import settle_orphans
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc as rpc
 
@@ -82,6 +84,8 @@ class Options:
     tls: Tls | None = None
     staging_bytes: int = STAGING_BYTES  # of the nixl transport
     nixl_params: dict[str, str] = field(default_factory=dict)
+    direct: bool = False  # nixl moves registered memory without staging
+    memories: Memories = field(default_factory=Memories)  # what is registered
 
     def check(self) -> Options:
         """InvalidArgument for what cannot be right."""
@@ -95,6 +99,8 @@ class Options:
         if not STAGING_BYTES_MIN <= self.staging_bytes <= STAGING_BYTES_MAX:
             limit = f"from {STAGING_BYTES_MIN} to {STAGING_BYTES_MAX}"
             raise InvalidArgument.of("staging_bytes", self.staging_bytes, limit)
+        if self.direct and self.transport not in ("auto", "nixl"):
+            raise InvalidArgument.of("direct", True, f"False with transport {self.transport!r}")
         if not 0 < self.deadline_s <= 86_400:
             raise InvalidArgument.of("deadline_s", self.deadline_s, "above 0, at most 86400")
         if self.join_token and len(self.join_token) != 16:
@@ -199,6 +205,13 @@ class Session:
                 await self.rpc("Goodbye", goodbye, Deadline(min(1.0, self.options.deadline_s)))
         if self._channel is not None:
             await self._channel.close()
+
+    async def attach(self, deadline: Deadline) -> None:
+        """Tell the hub what memory is registered, where it moves that. A later session does so by
+        itself."""
+        link = self._link
+        if link is not None and link.lost is None and link.transfer.direct:
+            await link.transfer.attach(deadline)
 
     def rejoin(self, token: bytes) -> None:
         """Belong to the session of `token` from now on; the link to the present one is dropped."""
@@ -409,6 +422,8 @@ class Session:
             *(options.address, reply.server_version, reply.epoch, reply.session),
             *(transfer.transport, transfer.address),
         )
+        if orphans.kept:
+            self.background(settle_orphans(reply, self.rpc, once=False))
         return Link(
             address=options.address,
             session=reply.session,

@@ -20,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvclient.checks import Arrays, blocks_of, region_in
-from kvclient.copying import Checksums, Slot, Writing, as_arena, cells_of
+from kvclient.copying import Checksums, Slot, Writing, as_arena, cells_of, check_blocks
 from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
 from kvclient.results import Bytes, CommitVerdict, PushVerdict, ReserveVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
+from kvclient.transfer.cutting import region_message
+from kvclient.transfer.direct import Block
 from kvproto.frames import PERMIT_BYTES
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
@@ -149,8 +151,9 @@ class Reservation:
                 limit = "cells that were not committed yet: those are immutable"
                 raise InvalidArgument.of("region", part, limit)
         sources = blocks_of("arrays", arrays, tokens, self._namespace.grid, part)
-        work = await self._work(indices, sources, part, deadline)
-        return await self._commit(indices, part, work, deadline)
+        with self._namespace.pinning(sources):
+            work = await self._work(indices, sources, part, deadline)
+            return await self._commit(indices, part, work, deadline)
 
     async def commit(
         self,
@@ -255,7 +258,7 @@ class Reservation:
         return slot
 
     def _writing(
-        self, indices: Sequence[int], sources: Sequence[Bytes] | None, region: Region
+        self, indices: Sequence[int], sources: Sequence[Block] | None, region: Region
     ) -> Writing:
         return Writing(
             self._namespace.grid,
@@ -269,7 +272,7 @@ class Reservation:
     async def _work(
         self,
         indices: Sequence[int],
-        sources: Sequence[Bytes] | None,
+        sources: Sequence[Block] | None,
         region: Region,
         deadline: Deadline,
     ) -> Writing:
@@ -278,6 +281,7 @@ class Reservation:
         transfer = self._link.transfer
         if sources is None and not transfer.mapped:
             sources = [self._filled(index, region) for index in indices]
+        check_blocks(transfer, sources or ())
         work = self._writing(indices, sources, region)
         try:
             async with self._namespace.within(deadline, "copy"):
@@ -358,15 +362,6 @@ def permits_of(packed: bytes, count: int) -> list[bytes]:
     return [packed[i : i + PERMIT_BYTES] for i in range(0, len(packed), PERMIT_BYTES)]
 
 
-def region_message(region: Region) -> pb.Region:
-    return pb.Region(
-        layer_start=region.layer_start,
-        layer_stop=region.layer_stop,
-        head_start=region.head_start,
-        head_stop=region.head_stop,
-    )
-
-
 class Push:
     """One push: windows of blocks are reserved, copied and committed, each step of one window
     while the others do theirs. `verdicts` fills with PushVerdict.
@@ -374,7 +369,7 @@ class Push:
 
     def __init__(
         self, namespace: AsyncNamespace, *, hashes: list[bytes], parents: list[bytes],
-        tokens: list[int], sources: list[Bytes], region: Region, durable: bool, wait_s: float,
+        tokens: list[int], sources: list[Block], region: Region, durable: bool, wait_s: float,
         deadline: Deadline,
     ) -> None:  # fmt: skip
         self._namespace = namespace

@@ -44,7 +44,8 @@ from kvproto.nixlib import METADATA_BYTES_MAX, Memory, NixlError
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
 from kvserver.runtime.driver import Driver
-from kvserver.runtime.orders import Bytes, Moved, Numbers, Order
+from kvserver.runtime.extents import Extents
+from kvserver.runtime.orders import Bytes, Moved, Order
 from kvserver.runtime.sessions import Session, Sessions
 from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
@@ -54,9 +55,9 @@ from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
 KEY_BYTES = 16
-EXTENTS_MAX = 1024
 MOVES_PER_CLIENT_MAX = 32
 MOVE_BYTES_MAX = 256 << 20
+MOVE_PIECES_MAX = 1 << 16
 BARRED_MAX = 4096  # settled move numbers that are remembered one by one
 SWEEP_S = 0.5
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
@@ -77,9 +78,7 @@ class Attachment:
     client: int
     key: bytes
     lock_fd: int
-    extents: Numbers  # [n, 2] address, bytes
-    memory: Memory
-    device: int
+    extents: Extents
     moves: dict[int, _Move] = field(default_factory=dict)
     barred: set[int] = field(default_factory=set)
     floor: int = 0  # every number up to here is barred as well
@@ -177,26 +176,20 @@ class Moves:
         client: int,
         *,
         metadata: bytes,
-        extents: Numbers,
-        memory: Memory,
-        device: int,
+        extents: Extents,
     ) -> bytes:
-        """The key of the attachment. A client may attach again, with more extents."""
+        """The key of the attachment. A client may attach again: what it tells then replaces what it
+        told before. What runs goes on."""
         if self._agent is None:
             raise CoreError(ErrorKind.INVALID, "this hub has no nixl", field="transport")
         if not 0 < len(metadata) <= METADATA_BYTES_MAX:
             raise _invalid("metadata", f"{len(metadata)} bytes, at most {METADATA_BYTES_MAX}")
-        if not 0 < len(extents) <= EXTENTS_MAX:
-            raise _invalid("extents", f"{len(extents)} extents, at most {EXTENTS_MAX}")
-        ends = extents[:, 0] + extents[:, 1]
-        if not (extents[:, 1] > 0).all() or not (ends > extents[:, 0]).all():
-            raise _invalid("extents", "an extent is empty or wraps around")
         found = self._attached.get(client)
         if found is not None and found.session != session.id:
             raise _invalid("client", "it belongs to another session")
         lock_fd = found.lock_fd if found is not None else self._lock(client)
         attachment = Attachment(
-            session.id, client, secrets.token_bytes(KEY_BYTES), lock_fd, extents, memory, device
+            session.id, client, secrets.token_bytes(KEY_BYTES), lock_fd, extents
         )
         if found is None:
             self._attached[client] = attachment
@@ -214,7 +207,7 @@ class Moves:
                 self._release(attachment)
             raise
         if found is not None:
-            found.extents, found.memory, found.device = extents, memory, device
+            found.extents = extents
             found.lost = False
             attachment = found
         session.remote.add(client)
@@ -279,8 +272,9 @@ class Moves:
             text = f"client {client} is not attached: attach, then move"
             raise CoreError(ErrorKind.UNAVAILABLE, text, field="attach")
         self._check(attachment, order)
+        kind = order.memory(attachment.extents)
         statuses = self._admit(session, client, attachment, order)
-        move = self._begin(attachment, order, statuses)
+        move = self._begin(attachment, order, statuses, kind)
         self.moves += 1
         try:
             async with asyncio.timeout(min(order.deadline_s or self.move_s_max, self.move_s_max)):
@@ -318,8 +312,9 @@ class Moves:
         if order.payload_bytes > MOVE_BYTES_MAX:
             text = f"{order.payload_bytes} bytes in one move, at most {MOVE_BYTES_MAX}"
             raise CoreError(ErrorKind.LIMIT, text, field="move_bytes_max", limit=MOVE_BYTES_MAX)
-        if not order.within(attachment.extents):
-            raise _invalid("addresses", "outside what the client attached")
+        if order.addresses.size > MOVE_PIECES_MAX:
+            text = f"{order.addresses.size} pieces in one move, at most {MOVE_PIECES_MAX}"
+            raise CoreError(ErrorKind.LIMIT, text, field="move_pieces_max", limit=MOVE_PIECES_MAX)
 
     def _admit(self, session: Session, client: int, attachment: Attachment, order: Order) -> Bytes:
         """OK, STALE or DENIED for each item, before anything moves (rule 2)."""
@@ -352,12 +347,15 @@ class Moves:
             return False
         return op is Op.READ or int(words[STATE_WORD]) >> STATE_SHIFT & 0xFF == RESERVED
 
-    def _begin(self, attachment: Attachment, order: Order, statuses: Bytes) -> _Move:
+    def _begin(
+        self, attachment: Attachment, order: Order, statuses: Bytes, kind: tuple[Memory, int]
+    ) -> _Move:
         agent, loop = self._agent, self._loop
         assert agent is not None
         assert loop is not None
         admitted = np.flatnonzero(statuses == Status.OK).tolist()
-        posts = order.posts(admitted, base=agent.base, device=attachment.device)
+        memory, device = kind
+        posts = order.posts(admitted, base=agent.base, device=device)
 
         def ended(job: Job) -> None:  # on the agent's thread
             loop.call_soon_threadsafe(self._over, attachment, move)
@@ -365,7 +363,7 @@ class Moves:
         job = Job(
             client=attachment.client,
             read=order.op is Op.WRITE,
-            memory=attachment.memory,
+            memory=memory,
             posts=posts,
             outcomes=np.zeros(len(order.places), np.uint8),
             current=lambda at: self._current(order.op, order.places[at]),

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place
 from kvproto.grid import Region
+from kvproto.nixlib import Memory
+from kvserver.runtime.extents import Extents
 from kvserver.transfer.nixl import Post, cut
 
 Bytes = npt.NDArray[np.uint8]
@@ -27,7 +29,7 @@ class Order:
     """What one Move asks for: a region of granted slots.
 
     `addresses` [places, pieces]: where the client has the pieces of each region: one, one a layer,
-    or one a cell. `checksums` [places, cells of the region] of a WRITE.
+    one a cell, or several a cell. `checksums` [places, cells of the region] of a WRITE.
     """
 
     number: int
@@ -42,16 +44,12 @@ class Order:
     def payload_bytes(self) -> int:
         return sum(self.region.cells * place.cell_bytes for place in self.places)
 
-    def within(self, extents: Numbers) -> bool:
-        """Whether every piece lies within one of the client's extents [n, 2] (address, bytes)."""
+    def memory(self, extents: Extents) -> tuple[Memory, int]:
+        """The kind of memory and the device that every piece lies in. FieldError where it is not
+        all within the client's extents."""
         pieces = self.addresses.shape[1]
-        sizes = np.array(
-            [self.region.cells * place.cell_bytes // pieces for place in self.places], np.uint64
-        )
-        start = self.addresses[:, :, None]
-        stop = (self.addresses + sizes[:, None])[:, :, None]
-        inside = (start >= extents[:, 0]) & (stop <= extents[:, 0] + extents[:, 1])
-        return bool((inside.any(axis=2) & (stop > start)[:, :, 0]).all())
+        sizes = [self.region.cells * place.cell_bytes // pieces for place in self.places]
+        return extents.kind_of(self.addresses, np.array(sizes, np.uint64)[:, None])
 
     def pieces(self, chosen: Sequence[int]) -> tuple[Numbers, Numbers, Numbers]:
         """Of these places: offsets in the arena and addresses of the client, both [chosen, n], and

@@ -11,10 +11,10 @@ import numpy as np
 
 from kvproto.errors import FieldError
 from kvproto.frames import PERMIT_BYTES, Op, Place
-from kvproto.grid import CELLS_MAX, HEADS_MAX, LAYERS_MAX
-from kvproto.nixlib import Memory
+from kvproto.grid import CELLS_MAX, HEADS_MAX, LAYERS_MAX, Region
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.runtime.extents import COLUMNS, Extents
 from kvserver.runtime.moves import KEY_BYTES, MOVE_BYTES_MAX, Moves
 from kvserver.runtime.node import Node
 from kvserver.runtime.orders import Order
@@ -35,18 +35,14 @@ class RemoteCalls(Servicer):
         moves = self._moves()
         session = self._node.sessions.get(request.session)
         client = session.check_client(request.client)
-        if request.memory not in {memory.value for memory in Memory}:
-            raise FieldError("memory", request.memory, "DRAM or VRAM")
-        extents = convert.numbers_from("extents", request.extents, "<u8")
-        if extents.size % 2:
-            raise FieldError("extents", extents.size, "pairs of address and bytes")
+        rows = convert.numbers_from("extents", request.extents, "<u8")
+        if rows.size % COLUMNS:
+            raise FieldError("extents", rows.size, f"{COLUMNS} numbers for each extent")
         key = await moves.attach(
             session,
             client,
             metadata=request.metadata,
-            extents=extents.reshape(-1, 2).astype(np.uint64),
-            memory=Memory(request.memory),
-            device=request.device,
+            extents=Extents(rows.reshape(-1, COLUMNS).astype(np.uint64)),
         )
         return pb.AttachReply(
             key=key,
@@ -79,6 +75,15 @@ class RemoteCalls(Servicer):
         if self._node.moves is None:
             raise CoreError(ErrorKind.INVALID, "this hub does not offer nixl", field="transport")
         return self._node.moves
+
+
+def _whole_pieces(total: int, count: int, region: Region, cell_bytes: list[int]) -> bool:
+    """Whether so many addresses cut each of `count` slots' regions into equal pieces."""
+    pieces, rest = divmod(total, count)
+    if rest or pieces in (1, region.layers):
+        return not rest
+    a_cell, rest = divmod(pieces, region.cells)
+    return a_cell > 0 and not rest and all(size % a_cell == 0 for size in cell_bytes)
 
 
 def order_from(request: pb.MoveRequest, limits: pb.Limits) -> Order:
@@ -116,9 +121,9 @@ def order_from(request: pb.MoveRequest, limits: pb.Limits) -> Order:
     if len(request.permits) != count * PERMIT_BYTES:
         raise FieldError("permits", len(request.permits), f"{PERMIT_BYTES} bytes for each slot")
     addresses = convert.numbers_from("addresses", request.addresses, "<u8")
-    pieces = {1, region.layers, region.cells}
-    if addresses.size not in {count * many for many in pieces}:
-        raise FieldError("addresses", addresses.size, f"{count} slots times one of {pieces}")
+    if not _whole_pieces(addresses.size, count, region, cell_bytes):
+        limit = f"for each of {count} slots one, one a layer, or one or more equal ones a cell"
+        raise FieldError("addresses", addresses.size, limit)
     checksums = None
     if request.op == Op.WRITE:
         checksums = (

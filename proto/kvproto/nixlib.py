@@ -41,8 +41,24 @@ class State(Enum):
 
 
 class Memory(Enum):
+    """Kinds of memory; `code` is their number in an Attach."""
+
     DRAM = "DRAM"
     VRAM = "VRAM"
+
+    @property
+    def code(self) -> int:
+        return _CODES.index(self)
+
+    @classmethod
+    def of(cls, code: int) -> Memory:
+        """ValueError for a number that stands for none."""
+        if not 0 <= code < len(_CODES):
+            raise ValueError(f"memory of kind {code}")
+        return _CODES[code]
+
+
+_CODES = (Memory.DRAM, Memory.VRAM)
 
 
 _bindings: Any = None
@@ -116,6 +132,15 @@ class Agent:
             raise NixlError(
                 f"cannot register {length} bytes of {memory.value}: {error!r}"
             ) from error
+
+    def deregister(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
+        """Forget memory that was registered so; nothing may move it."""
+        try:
+            area = [(address, length, device, "")]
+            descriptors = self._nixl.nixlRegDList(self._segments[memory], area)
+            self._agent.deregisterMem(descriptors, self._backend)
+        except self._failures as error:
+            raise NixlError(f"cannot forget {length} bytes: {error!r}") from error
 
     def metadata(self) -> bytes:
         """What a peer needs in order to reach the registered memory."""

@@ -12,6 +12,9 @@ from kvproto.v1 import kvserver_pb2 as pb
 from tests.support.server import ServerProcess
 from tests.support.ways import WAYS, Way
 
+CROWDED = [name for name, way in WAYS.items() if not way.direct]
+"""For tests of many clients at once: what a client costs, it costs with and without staging."""
+
 
 @pytest.fixture(scope="module", params=list(WAYS))
 def way(request: pytest.FixtureRequest) -> Way:

@@ -296,8 +296,8 @@ async def test_metadata_that_is_none(hub: ServerProcess, metadata: bytes) -> Non
     async with AsyncClient.connect(hub.address, transport="shm", read_only=True) as client:
         link = client.session.link
         request = pb.AttachRequest(
-            session=link.session, client=link.client, metadata=metadata, memory="DRAM",
-            extents=np.array([4096, 4096], "<u8").tobytes(),
+            session=link.session, client=link.client, metadata=metadata,
+            extents=np.array([4096, 4096, 0, 0], "<u8").tobytes(),
         )  # fmt: skip
         with pytest.raises(Unavailable) as caught:
             await client.session.rpc("Attach", request, Deadline(5))
@@ -314,8 +314,8 @@ async def test_an_agent_of_another_name_is_refused(hub: ServerProcess) -> None:
         link = client.session.link
         agent = nixlib.Agent("kvserver-0000", backend="UCX", params={}, progress=False)
         request = pb.AttachRequest(
-            session=link.session, client=link.client, metadata=agent.metadata(), memory="DRAM",
-            extents=np.array([4096, 4096], "<u8").tobytes(),
+            session=link.session, client=link.client, metadata=agent.metadata(),
+            extents=np.array([4096, 4096, 0, 0], "<u8").tobytes(),
         )  # fmt: skip
         with pytest.raises(Unavailable, match="must begin with"):
             await client.session.rpc("Attach", request, Deadline(5))
@@ -326,8 +326,8 @@ async def test_a_client_that_maps_the_arena_cannot_attach_too(hub: ServerProcess
     async with AsyncClient.connect(hub.address, transport="shm") as client:
         link = client.session.link
         request = pb.AttachRequest(
-            session=link.session, client=link.client, metadata=b"x", memory="DRAM",
-            extents=np.array([4096, 4096], "<u8").tobytes(),
+            session=link.session, client=link.client, metadata=b"x",
+            extents=np.array([4096, 4096, 0, 0], "<u8").tobytes(),
         )  # fmt: skip
         with pytest.raises(KVError, match="already maps the arena"):
             await client.session.rpc("Attach", request, Deadline(5))

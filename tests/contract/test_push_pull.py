@@ -27,6 +27,7 @@ from kvclient.transfer.shm import ShmArena
 from kvproto.arena import ArenaHeader
 from kvproto.grid import Region
 from kvproto.prefix import prefix_hashes
+from tests.contract.conftest import CROWDED
 from tests.contract.oracle import check_all, cut, fresh, random_region
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess
@@ -123,13 +124,14 @@ async def test_a_block_that_is_there_is_not_pushed_again(client: AsyncClient) ->
     await check_all(namespace, blocks, keys[:2])
 
 
+@pytest.mark.parametrize("way", CROWDED, indirect=True, scope="module")
 async def test_32_writers_of_one_chain(way: Way, hub: ServerProcess, client: AsyncClient) -> None:
     blocks = fresh(layers=8)
     keys = blocks.chain(1, 3)
     payloads = blocks.payloads(keys)
 
     async def write(number: int) -> np.ndarray:
-        async with way.client(hub, name=f"writer-{number}") as writer:
+        async with way.client(hub, name=f"writer-{number}", deadline_s=30) as writer:
             namespace = await writer.open_namespace(blocks.spec)
             return (await namespace.push(keys, payloads)).verdicts
 

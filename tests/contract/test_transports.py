@@ -15,8 +15,9 @@ import pytest
 
 from kvclient import AsyncClient, KVError
 from kvclient.transfer import tcp
+from kvclient.transfer.nixl import NixlTransfer
 from kvproto import frames
-from tests.contract.conftest import eventually, host_tier
+from tests.contract.conftest import CROWDED, eventually, host_tier
 from tests.contract.oracle import check_all, fresh
 from tests.support.cutting import CuttingRelay
 from tests.support.payload import Blocks
@@ -70,8 +71,19 @@ async def test_the_bytes_went_this_way(way: Way, hub: ServerProcess, client: Asy
         wanted = moved if transport == way.transport else 0
         eventually(lambda n=f"{transport}_bytes_in", w=wanted: gone(n) == w, f"{transport} in")
         eventually(lambda n=f"{transport}_bytes_out", w=wanted: gone(n) == w, f"{transport} out")
+    transfer = client.session.link.transfer
+    if isinstance(transfer, NixlTransfer):
+        staged, direct = (0, 2 * moved) if way.direct else (2 * moved, 0)
+        assert (transfer.bytes_staged, transfer.bytes_direct) == (staged, direct)
     (session,) = [s for s in hub.stats().sessions if s.client_name == "contract"]
     assert list(session.transports) == [way.transport]
+
+
+def reuse(client: AsyncClient, arrays: np.ndarray) -> list[int]:
+    """The caller's memory is the caller's again, but for what is pinned: which of it is not."""
+    free = [i for i, array in enumerate(arrays) if client.pin([array]).done]
+    arrays[free] = 0x5A
+    return free
 
 
 async def test_a_server_stopped_in_mid_pull_writes_nothing_later(
@@ -93,10 +105,14 @@ async def test_a_server_stopped_in_mid_pull_writes_nothing_later(
                 ended = "late"
             else:
                 ended = "before"  # a fast machine: nothing was under way
-            out[:] = 0x5A
+            free = reuse(client, out)
             await asyncio.sleep(0.2)
         await asyncio.sleep(1.0)
-        assert (out == 0x5A).all(), f"the pull had ended {ended}"
+        assert (out[free] == 0x5A).all(), f"the pull had ended {ended}"
+        assert await client.pin([out]).settled(5)
+        assert len(reuse(client, out)) == 16
+        await asyncio.sleep(0.2)
+        assert (out == 0x5A).all(), "what was pinned is free"
         eventually(lambda: host_tier(hub).slots_quarantined == 0, "nothing is kept back")
     async with way.client(hub) as client:
         await check_all(await client.open_namespace(blocks.spec), blocks, keys)
@@ -115,7 +131,7 @@ async def test_a_server_stopped_in_mid_push_commits_nothing_wrong(
         with Stopped(hub):
             with pytest.raises(KVError):
                 await push
-            payloads[:] = 0x5A
+            reuse(client, payloads)
             await asyncio.sleep(0.2)
     async with way.client(hub) as client:
         namespace = await client.open_namespace(blocks.spec)
@@ -128,6 +144,7 @@ async def test_a_server_stopped_in_mid_push_commits_nothing_wrong(
         await check_all(namespace, blocks, keys)
 
 
+@pytest.mark.parametrize("way", CROWDED, indirect=True, scope="module")
 async def test_64_clients_at_once(way: Way, hub: ServerProcess) -> None:
     blocks = fresh(layers=2, heads=2, page_bytes=1024)
     chains = [blocks.chain(seed, 2) for seed in range(64)]
@@ -153,6 +170,7 @@ async def test_a_cancelled_pull_lets_go_of_its_memory(client: AsyncClient) -> No
         await asyncio.sleep(step / 500)
         pull.cancel()
         await asyncio.gather(pull, return_exceptions=True)
+        assert await client.pin([out]).settled(5)
         out[:] = 0x5A
         await asyncio.sleep(0.05)
         assert (out == 0x5A).all()

@@ -21,8 +21,8 @@ import pytest
 from kvclient import AsyncClient, Client, KVError, Namespace
 from kvclient.timing import Deadline
 from kvclient.transfer import ring as rings
+from kvclient.transfer.cutting import region_message
 from kvclient.transfer.nixl import NixlTransfer
-from kvclient.writing import region_message
 from kvproto import nixlib
 from kvproto.v1 import kvserver_pb2 as pb
 from tests.contract.conftest import eventually, host_tier
@@ -231,8 +231,10 @@ async def test_a_client_that_leaves_keeps_what_a_stopped_hub_may_still_write(
         with pytest.raises(KVError):
             await pull
     (orphan,) = rings.orphans.kept
-    for extent in orphan.ring._withheld:
-        orphan.ring.view(extent)[:] = 0x5A
+    held = orphan.held
+    assert isinstance(held, rings.Ring)
+    for extent in held._withheld:
+        held.view(extent)[:] = 0x5A
     server.cont()
     await until(lambda: running(server) == 0, "the hub has ended them")
     async with AsyncClient.connect(server.address, transport="nixl"):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import prefix_hashes
+from tests.support.heap import HEAP
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -63,11 +64,14 @@ class Blocks:
         return np.frombuffer(raw, np.uint8).reshape(self.shape)
 
     def payloads(self, keys: Sequence[bytes]) -> Bytes:
-        return np.stack([self.payload(key) for key in keys])
+        out = HEAP.array((len(keys), *self.shape))
+        return np.stack([self.payload(key) for key in keys], out=out) if keys else out
 
     def out(self, count: int) -> Bytes:
         """Room for `count` pulled blocks, filled with a byte pattern that no block consists of."""
-        return np.full((count, *self.shape), 0xA5, np.uint8)
+        out = HEAP.array((count, *self.shape))
+        out[:] = 0xA5
+        return out
 
     def wrong(
         self, keys: Sequence[bytes], out: Bytes, found: Sequence[bool] | npt.NDArray[np.bool_]

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvclient import AsyncClient, Client, Tls
+from kvclient import AsyncClient, Client, Registered, Tls
 from kvproto import nixlib
+from tests.support.heap import HEAP
 from tests.support.server import ServerProcess, free_port, start_server
 from tests.support.tls import Certificates, make_certificates
 
 
 @dataclass(frozen=True)
 class Way:
-    """`transport` is what the client is told to use; `tls` both sides' certificates, made anew."""
+    """`transport` is what the client is told to use; `tls` both sides' certificates, made anew;
+    `direct` moves without staging: arrays that a test makes lie in registered memory.
+    """
 
     name: str
     transport: str
     tls: bool = False
+    direct: bool = False
 
     @property
     def missing(self) -> str:
@@ -55,6 +59,8 @@ class Way:
     def options(self, hub: ServerProcess) -> dict[str, Any]:
         """What a client's `connect` takes to go this way."""
         chosen: dict[str, Any] = {"transport": self.transport}
+        if self.direct:
+            chosen["direct"] = True
         if hub.certificates is not None:
             chosen["tls"] = _tls(hub.certificates)
         return chosen
@@ -62,16 +68,24 @@ class Way:
     def settings(self, hub: ServerProcess) -> dict[str, Any]:
         """What the adapter takes in `kv_connector_extra_config` to go this way."""
         chosen: dict[str, Any] = {"transport": self.transport}
+        if self.direct:
+            chosen["direct"] = True
         if hub.certificates is not None:
             tls = _tls(hub.certificates)
             chosen |= {"tls_ca": tls.ca, "tls_cert": tls.cert, "tls_key": tls.key}
         return chosen
 
     def client(self, hub: ServerProcess, **options: Any) -> Any:
-        return AsyncClient.connect(hub.address, **{**self.options(hub), **options})
+        connecting = AsyncClient.connect(hub.address, **{**self.options(hub), **options})
+        if self.direct:
+            connecting.client.memories.add(Registered.of(HEAP.memory))
+        return connecting
 
     def blocking(self, hub: ServerProcess, **options: Any) -> Client:
-        return Client.connect(hub.address, **{**self.options(hub), **options})
+        client = Client(hub.address, **{**self.options(hub), **options}).open()
+        if self.direct:
+            client.register(HEAP.memory)
+        return client
 
 
 def _tls(certificates: Certificates) -> Tls:
@@ -87,5 +101,6 @@ WAYS = {
         Way("tcp", "tcp"),
         Way("tcp+tls", "tcp", tls=True),
         Way("nixl", "nixl"),
+        Way("nixl-direct", "nixl", direct=True),
     )
 }

@@ -8,8 +8,10 @@ Offsets and lengths are bytes of the arena's data area, as the server's grants n
 
 Rules:
  1. `put` and `get` return when nothing of ours moves those bytes any more, also when they were
-    cancelled. What did not arrive is marked in the work, not raised; Unavailable and Unsupported
-    are raised only for a transfer that cannot move anything.
+    cancelled. The exception is registered memory: when they are cancelled or raise, a hub may still
+    move that; it is pinned until the hub is known to be done (`kvclient.transfer.direct`). What did
+    not arrive is marked in the work, not raised; Unavailable and Unsupported are raised only for a
+    transfer that cannot move anything.
  2. `drained` is true when nothing that this process began can still write the arena. Where
     somebody else writes it for us (a remote hub), only an answer of theirs says so.
  3. A view of an Arena holds the mapping it comes from: it stays valid memory for as long as it
@@ -27,6 +29,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from kvclient.copying import Copier, Reading, Writing
+    from kvclient.timing import Deadline
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.uint64]
@@ -45,6 +48,11 @@ class Transfer(Protocol):
         """Whether this is an Arena."""
         ...
 
+    @property
+    def direct(self) -> bool:
+        """Whether registered memory is moved without staging."""
+        ...
+
     def alive(self) -> bool:
         """False once the server process that this was opened with is known to be gone."""
         ...
@@ -55,6 +63,10 @@ class Transfer(Protocol):
 
     async def get(self, work: Reading, copier: Copier) -> None:
         """Move slots into `work.targets`, checked: fills `outcomes`."""
+        ...
+
+    async def attach(self, deadline: Deadline) -> None:
+        """Register anew what the caller has registered, if this is `direct`."""
         ...
 
     def close(self) -> None: ...

@@ -23,6 +23,7 @@ from kvclient.timing import Deadline
 from kvclient.tls import Tls
 from kvclient.transfer import nixl, shm, tcp
 from kvclient.transfer.base import Transfer
+from kvclient.transfer.settling import Rpc, settle_orphans
 from kvproto import nixlib
 from kvproto.rdma import rdma_devices
 
@@ -33,13 +34,12 @@ TRANSPORTS = ("shm", "nixl", "tcp")  # what this client speaks, best first
 Message = Any
 
 
-async def open_transfer(
-    options: Options, hello: Message, deadline: Deadline, rpc: nixl.Rpc
-) -> Transfer:
+async def open_transfer(options: Options, hello: Message, deadline: Deadline, rpc: Rpc) -> Transfer:
     """The Transfer of a session that was just opened. KVErrors name the hub and its offers.
 
     `rpc(name, request, deadline)` makes a call to the same hub.
     """
+    await settle_orphans(hello, rpc, once=True)
     offers = {offer.name: offer for offer in hello.transports}
     where = f"the hub at {options.address} offers {', '.join(offers) or 'no transport'}"
     wanted = TRANSPORTS if options.transport == "auto" else (options.transport,)
@@ -90,7 +90,7 @@ def _tls(options: Options, offer: Message) -> Tls | None:
 
 
 async def _open(
-    name: str, options: Options, hello: Message, offer: Message, deadline: Deadline, rpc: nixl.Rpc
+    name: str, options: Options, hello: Message, offer: Message, deadline: Deadline, rpc: Rpc
 ) -> Transfer:
     left = max(deadline.left(), 1e-3)
     if name == "nixl":
@@ -100,6 +100,7 @@ async def _open(
             params=options.nixl_params,
             staging_bytes=options.staging_bytes,
             rpc=rpc,
+            memories=options.memories if options.direct else None,
             deadline=deadline,
         )
     if name == "shm":

@@ -27,6 +27,7 @@ import mmap
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -75,6 +76,14 @@ class Ring:
         return len(self._taken)
 
     @property
+    def own_bytes(self) -> int:
+        return self.bytes.nbytes
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._taken or self._withheld)
+
+    @property
     def withheld(self) -> list[int]:
         """Numbers of the moves that extents are withheld for."""
         return list(dict.fromkeys(self._withheld.values()))
@@ -115,6 +124,11 @@ class Ring:
             del self._withheld[extent]
             self._freed(extent)
 
+    def proven(self) -> None:
+        """The hub process is gone, and every move with it."""
+        for number in self.withheld:
+            self.settled(number)
+
     def _freed(self, extent: int) -> None:
         while self._waiting:
             future = self._waiting.popleft()
@@ -130,11 +144,34 @@ class Ring:
         assert sorted(known) == list(range(EXTENTS)), known
 
 
+class Held(Protocol):
+    """Memory that a hub may still touch: a Ring, or `kvclient.transfer.direct.Holds`."""
+
+    @property
+    def own_bytes(self) -> int:
+        """What this client made for it."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether any move of it may still run."""
+        ...
+
+    @property
+    def withheld(self) -> list[int]:
+        """Moves that failed, and which the hub can be asked about."""
+        ...
+
+    def settled(self, number: int) -> None: ...
+
+    def proven(self) -> None: ...
+
+
 @dataclass(eq=False, slots=True)
 class Orphan:
-    """A ring whose session is over while extents of it are withheld."""
+    """Memory whose session is over while moves of it may still run."""
 
-    ring: Ring
+    held: Held
     arena_id: bytes
     epoch: int
     client: int
@@ -143,24 +180,28 @@ class Orphan:
 
 @dataclass(slots=True)
 class Orphans:
-    """Rings that may still be written, kept alive until that is disproved. One per process."""
+    """Memory that may still be touched, kept alive until that is disproved. One per process."""
 
     kept: list[Orphan] = field(default_factory=list)
 
     @property
     def bytes_total(self) -> int:
-        return sum(orphan.ring.bytes.nbytes for orphan in self.kept)
+        return sum(orphan.held.own_bytes for orphan in self.kept)
 
     def add(self, orphan: Orphan) -> None:
         self.kept.append(orphan)
 
     def meet(self, arena_id: bytes, epoch: int) -> list[Orphan]:
         """Free what this server proves to be over; what it can be asked about."""
-        self.kept = [o for o in self.kept if not (o.arena_id == arena_id and o.epoch < epoch)]
+        for orphan in list(self.kept):
+            if orphan.arena_id == arena_id and orphan.epoch < epoch:
+                orphan.held.proven()
+                self.kept.remove(orphan)
         return [o for o in self.kept if (o.arena_id, o.epoch) == (arena_id, epoch)]
 
     def drop(self, orphan: Orphan) -> None:
-        self.kept.remove(orphan)
+        if orphan in self.kept:
+            self.kept.remove(orphan)
 
     def check(self) -> None:
         """Unavailable when so much is withheld that another ring may not be made."""

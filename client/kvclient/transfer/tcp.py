@@ -28,6 +28,7 @@ import numpy as np
 
 from kvclient.copying import Checksums, Copier, Outcome, Reading, Writing
 from kvclient.errors import KVError, Unavailable
+from kvclient.timing import Deadline
 from kvclient.tls import Tls
 from kvclient.transfer.base import Bytes
 from kvclient.transfer.wire import BROKEN, Wire, dial
@@ -124,6 +125,13 @@ class TcpTransfer:
     @property
     def mapped(self) -> bool:
         return False
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+    async def attach(self, deadline: Deadline) -> None:
+        """Nothing is registered here."""
 
     def alive(self) -> bool:
         return not self._closed
@@ -232,8 +240,7 @@ class TcpTransfer:
         scratch: list[Bytes] = []
         taken = 0
         for tag, frame in enumerate(part):
-            assert work.sources is not None
-            rows = work.sources[frame.index][frame.start : frame.stop, :, : frame.place.cell_bytes]
+            rows = work.source(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
             sums = work.sums[frame.index, frame.start : frame.stop].reshape(-1)
             before: list[memoryview | bytes] = [frames.encode_request(frame.request(Op.WRITE, tag))]
             at = 0
@@ -282,8 +289,7 @@ class TcpTransfer:
         self, wire: Wire, work: Reading, frame: _Frame, trailer: Bytes, scratch: list[Bytes]
     ) -> bool:
         """The cells of one answer, into their place; whether they are what was committed."""
-        assert work.targets is not None
-        rows = work.targets[frame.index][frame.start : frame.stop, :, : frame.place.cell_bytes]
+        rows = work.target(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
         sums: Checksums = np.zeros(frame.region.cells, np.uint64)
         at = 0
         for chunk in _chunks(rows):

@@ -472,20 +472,16 @@ class ReleaseReply(_message.Message):
     def __init__(self, released: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("session", "client", "metadata", "extents", "memory", "device")
+    __slots__ = ("session", "client", "metadata", "extents")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
     session: int
     client: int
     metadata: bytes
     extents: bytes
-    memory: str
-    device: int
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., metadata: _Optional[bytes] = ..., extents: _Optional[bytes] = ..., memory: _Optional[str] = ..., device: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., metadata: _Optional[bytes] = ..., extents: _Optional[bytes] = ...) -> None: ...
 
 class AttachReply(_message.Message):
     __slots__ = ("key", "move_ms_max", "move_bytes_max")

@@ -126,7 +126,7 @@ def test_only_a_later_epoch_of_the_same_arena_proves_that_a_server_is_gone() -> 
 def test_an_orphans_memory_stays_mapped_until_it_is_dropped() -> None:
     orphans = Orphans()
     kept = orphan()
-    memory = weakref.ref(kept.ring)
+    memory = weakref.ref(kept.held)
     orphans.add(kept)
     del kept
     gc.collect()
