@@ -101,8 +101,9 @@ async def test_a_hub_stopped_in_mid_pull_writes_only_what_is_pinned(serve: Serve
         assert result.found.all()
         assert BLOCKS.wrong(keys, engine.pages, result.found) == []
         transfer = transfer_of(client)
-        assert transfer.bytes_staged == 0
-        assert transfer.bytes_direct >= COUNT * BLOCKS.payload_bytes
+        staged, moved = transfer.bytes_moved
+        assert staged == 0
+        assert moved >= COUNT * BLOCKS.payload_bytes
         await client.unregister(client.memories.registered[0])
 
 
@@ -196,7 +197,7 @@ async def test_a_session_that_ends_under_a_pull_is_settled_by_the_next(serve: Se
         result = await namespace.pull(keys, engine.pages)
         assert result.found.all(), "the memory is registered with the next session as well"
         assert BLOCKS.wrong(keys, engine.pages, result.found) == []
-        assert transfer_of(client).bytes_staged == 0
+        assert transfer_of(client).bytes_moved[0] == 0
 
 
 async def test_a_killed_hubs_successor_is_the_proof(serve: Serve) -> None:
@@ -280,7 +281,7 @@ async def test_pages_of_an_engine_in_and_out(serve: Serve) -> None:
         assert np.array_equal(pulled[-1, :, :, : 2 * page], payloads[-1, :, :, : 2 * page])
         assert (pulled[-1, :, :, 2 * page :] == 0).all(), "a tail leaves the rest alone"
         transfer = transfer_of(client)
-        assert (transfer.bytes_staged, transfer.bytes_direct) == (0, 2 * result.bytes)
+        assert transfer.bytes_moved == [0, 2 * result.bytes]
     async with AsyncClient.connect(server.address, transport="shm") as client:
         namespace = await client.open_namespace(BLOCKS.spec)
         with pytest.raises(KVError, match="direct=True, not by shm"):

@@ -89,8 +89,7 @@ class NixlTransfer:
         self._memories = memories
         self._known: list[Registered] = []  # what the agent knows of them
         self._holds = Holds(memories or Memories())
-        self.bytes_staged = 0  # moved, out and in
-        self.bytes_direct = 0
+        self.bytes_moved = [0, 0]  # staged and direct, out and in
 
     @property
     def mapped(self) -> bool:
@@ -353,10 +352,7 @@ class NixlTransfer:
         return good, dict(zip(part.indices, trailers, strict=True))
 
     def _count(self, part: Part, blocks: int) -> None:
-        if part.places is None:
-            self.bytes_staged += part.block_bytes * blocks
-        else:
-            self.bytes_direct += part.block_bytes * blocks
+        self.bytes_moved[part.places is not None] += part.block_bytes * blocks
 
     def _the_ring(self) -> Ring:
         if self._ring is None or self._closed:
