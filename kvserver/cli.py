@@ -4,17 +4,20 @@ Exit statuses: 0 done, 1 the command found something bad or the server refused, 
 configuration, 3 the server cannot be reached, 70 a server found a bug of its own and stopped.
 
 Rule 1: a command that deletes names exactly one thing, and says what it removed.
-Rule 2: commands that talk to a server use the Admin service, never the server's files; `check` and
-`purge` use the files and refuse while a server holds them.
+Rule 2: commands that talk to a server use the Admin service (`watch` opens a session, as a router
+does), never the server's files; `check` and `purge` use the files and refuse while a server holds
+them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +33,7 @@ from kvproto.v1 import kvserver_pb2_grpc
 from kvserver import config, options, tables
 from kvserver.router import settings as proxy_settings
 
+PROTOCOL_VERSION = 1
 EXIT_OK, EXIT_BAD, EXIT_USAGE, EXIT_UNREACHABLE = 0, 1, 2, 3
 _EPILOG = """\
 examples:
@@ -38,6 +42,7 @@ examples:
   kvserver stats --watch
   kvserver namespaces --json
   kvserver evict 3fa91c
+  kvserver watch --once | grep '"event": "block"' | wc -l
   kvserver check --host-dir /dev/shm/kvserver-50051 --disk-path /nvme/kv
 
 exit status: 0 done; 1 something bad was found or the server refused; 2 wrong usage or
@@ -103,6 +108,17 @@ def build_parser() -> argparse.ArgumentParser:
     evict = _add_client_command(commands, "evict", _evict, "evict the blocks of one namespace")
     evict.add_argument("namespace", help="the namespace's id, or the first 4 or more digits of it")
     evict.add_argument("--drop", action="store_true", help="forget the namespace as well")
+    watch = _add_client_command(
+        commands,
+        "watch",
+        _watch,
+        "tell which blocks are where: one JSON object a line, without end",
+    )
+    watch.add_argument("--namespace", help="only this one: its id, or the first 4 or more digits")
+    watch.add_argument("--tenant", default="", help="whose blocks (default: the default tenant's)")
+    watch.add_argument(
+        "--once", action="store_true", help="end when everything that is there has been told"
+    )
     check = _add_files_command(
         commands, "check", _check, "verify every block of a stopped server's files"
     )
@@ -269,10 +285,14 @@ def _call(parsed: argparse.Namespace, method: str, request: Any) -> Any:
         try:
             return getattr(stub, method)(request, timeout=parsed.timeout_s)
         except grpc.RpcError as error:
-            code, details = error.code(), error.details()
-            lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            status = EXIT_UNREACHABLE if code in lost else EXIT_BAD
-            raise CommandError(f"{parsed.address}: {code.name}: {details}", status) from None
+            raise _failed(parsed, error) from None
+
+
+def _failed(parsed: argparse.Namespace, error: grpc.RpcError) -> CommandError:
+    code, details = error.code(), error.details()
+    lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    status = EXIT_UNREACHABLE if code in lost else EXIT_BAD
+    return CommandError(f"{parsed.address}: {code.name}: {details}", status)
 
 
 def _print_json(message: Any) -> None:
@@ -306,7 +326,8 @@ def _namespaces(parsed: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _evict(parsed: argparse.Namespace) -> int:
+def _named_namespace(parsed: argparse.Namespace) -> bytes:
+    """The id of the one namespace that `--namespace`, or `evict`'s argument, begins."""
     prefix = parsed.namespace.lower()
     if not 4 <= len(prefix) <= 64 or not set(prefix) <= set("0123456789abcdef"):
         raise CommandError(
@@ -317,7 +338,12 @@ def _evict(parsed: argparse.Namespace) -> int:
     if len(matching) != 1:
         found = ", ".join(m.hex()[:16] for m in matching[:8]) or "none"
         raise CommandError(f"{prefix} must name one namespace; it matches: {found}")
-    namespace_id = matching[0]
+    namespace_id: bytes = matching[0]
+    return namespace_id
+
+
+def _evict(parsed: argparse.Namespace) -> int:
+    namespace_id = _named_namespace(parsed)
     if parsed.drop:
         reply = _call(parsed, "DropNamespace", pb.DropNamespaceRequest(namespace_id=namespace_id))
     else:
@@ -329,6 +355,45 @@ def _evict(parsed: argparse.Namespace) -> int:
         left = "" if parsed.drop or not reply.in_use else f"; {reply.in_use} in use stayed"
         print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}{left}")
     return EXIT_OK
+
+
+def _watch(parsed: argparse.Namespace) -> int:
+    namespace_id = _named_namespace(parsed) if parsed.namespace else b""
+    with _channel(parsed) as channel:
+        cache = kvserver_pb2_grpc.CacheStub(channel)
+        try:
+            hello = cache.Hello(
+                pb.HelloRequest(
+                    protocol_version=PROTOCOL_VERSION,
+                    client_name="kvserver watch",
+                    tenant=parsed.tenant,
+                ),
+                timeout=parsed.timeout_s,
+            )
+            threading.Thread(target=_beat, args=(cache, hello), daemon=True).start()
+            request = pb.WatchRequest(session=hello.session, namespace_id=namespace_id)
+            for reply in cache.Watch(request):
+                for told in tables.watch(reply):
+                    print(json.dumps(told))
+                sys.stdout.flush()
+                if parsed.once and reply.kind == pb.WATCH_KIND_SYNCED:
+                    cache.Goodbye(
+                        pb.GoodbyeRequest(session=hello.session, client=hello.client, drained=True),
+                        timeout=parsed.timeout_s,
+                    )
+                    return EXIT_OK
+        except grpc.RpcError as error:
+            raise _failed(parsed, error) from None
+    raise CommandError(f"{parsed.address}: the server ended the watch", EXIT_UNREACHABLE)
+
+
+def _beat(cache: Any, hello: pb.HelloReply) -> None:
+    """Keeps a session until the channel is closed or the session has ended."""
+    beat = pb.HeartbeatRequest(session=hello.session, client=hello.client)
+    with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed
+        while True:
+            time.sleep(hello.limits.heartbeat_ms / 2000)
+            cache.Heartbeat(beat, timeout=hello.limits.session_ttl_ms / 1000)
 
 
 def _directories(parsed: argparse.Namespace) -> tuple[Path | None, Path | None]:

@@ -182,6 +182,16 @@ class Settings:
     rpcs_max: int = option(
         1024, "calls that may run at once; more are refused", count(1, 1 << 20), _LIMITS
     )
+    watchers_max: int = option(
+        64, "streams that tell where blocks are; more are refused", count(0, 1 << 16), _LIMITS
+    )
+    watch_changes_max: int = option(
+        131_072,
+        "changes that the hub keeps for each tenant's watchers, about 70 bytes each; one that is"
+        " further behind is told to start again",
+        count(1, 1 << 24),
+        _LIMITS,
+    )
     tcp_connections_max: int = option(
         256, "connections of the tcp transport; more are refused", count(1, 1 << 16), _LIMITS
     )

@@ -54,6 +54,7 @@ from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.node import Node
 from kvserver.runtime.prefault import Prefault
 from kvserver.runtime.sessions import Session
+from kvserver.runtime.watches import Watches
 from kvserver.service.admin import AdminService
 from kvserver.service.cache import CacheService
 from kvserver.service.calls import Gate, Incidents
@@ -160,6 +161,7 @@ class Server:
         await self._grow()
         await grpc_server.start()
         self._parts.push_async_callback(grpc_server.stop, CALLS_GRACE_S)
+        self._parts.callback(self.node.watches.close)
         await self._set_health(serving=True)
         logs.event(
             log,
@@ -338,6 +340,12 @@ class Server:
             liveness=self.liveness,
             namespaces=self.namespaces,
             dropped=self._dropped,
+            watches=Watches(
+                self.driver.hub,
+                self.driver.tell,
+                watchers_max=self.settings.watchers_max,
+                changes_max=self.settings.watch_changes_max,
+            ),
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
+
+from google.protobuf.json_format import MessageToDict
 
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.options import format_bytes
@@ -100,6 +103,36 @@ def namespaces(items: Sequence[pb.NamespaceStats]) -> str:
     text = table((*header, "misses"), rows)
     near = [f"near miss: {n.namespace_id.hex()[:16]}: {m}" for n in items for m in n.near_misses]
     return "\n".join([text, *near])
+
+
+def watch(reply: pb.WatchReply) -> list[dict[str, object]]:
+    """What one message of a watch tells, as objects for JSON; nothing for an idle one."""
+    name = reply.namespace_id.hex()
+    if reply.kind == pb.WATCH_KIND_RESET:
+        return [{"event": "reset", "reason": reply.reason, "epoch": reply.epoch}]
+    if reply.kind == pb.WATCH_KIND_SYNCED:
+        return [{"event": "synced"}]
+    if reply.kind == pb.WATCH_KIND_FORGOTTEN:
+        return [{"event": "forgotten", "namespace": name}]
+    told: list[dict[str, object]] = []
+    if reply.HasField("spec"):
+        spec = MessageToDict(reply.spec, preserving_proto_field_name=True)
+        spec["weights"] = reply.spec.weights.hex()
+        spec["adapter"] = reply.spec.adapter.hex()
+        told.append({"event": "namespace", "namespace": name, "spec": spec})
+    tokens = struct.unpack(f"<{len(reply.tiers)}I", reply.tokens)
+    for at, bits in enumerate(reply.tiers):
+        block: dict[str, object] = {
+            "event": "block" if bits else "gone",
+            "namespace": name,
+            "hash": reply.hashes[32 * at : 32 * at + 32].hex(),
+        }
+        if bits:
+            block["parent"] = reply.parents[32 * at : 32 * at + 32].hex()
+            block["tokens"] = tokens[at]
+            block["tiers"] = [word for tier, word in _TIERS.items() if bits >> (tier - 1) & 1]
+        told.append(block)
+    return told
 
 
 def _duration(milliseconds: int) -> str:

@@ -20,7 +20,7 @@ from kvclient.errors import (
     Unavailable,
     Unsupported,
 )
-from kvclient.handles import SyncGranted, SyncReadStream, SyncReservation
+from kvclient.handles import SyncGranted, SyncReadStream, SyncReservation, SyncWatch
 from kvclient.namespace import AsyncNamespace
 from kvclient.reading import Granted, ReadStream
 from kvclient.results import (
@@ -37,12 +37,14 @@ from kvclient.results import (
 )
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered, Scattered
+from kvclient.watching import CacheMap, Residence, Watch, WatchEvent, WatchKind
 from kvclient.writing import Reservation
 
 __all__ = [
     "AsyncClient",
     "AsyncNamespace",
     "BlockState",
+    "CacheMap",
     "Client",
     "CommitVerdict",
     "Conflict",
@@ -65,13 +67,18 @@ __all__ = [
     "Registered",
     "Reservation",
     "ReserveVerdict",
+    "Residence",
     "Scattered",
     "SyncGranted",
     "SyncReadStream",
     "SyncReservation",
+    "SyncWatch",
     "Tier",
     "Tls",
     "Unavailable",
     "Unsupported",
+    "Watch",
+    "WatchEvent",
+    "WatchKind",
     "forks",
 ]

@@ -32,6 +32,7 @@ from kvclient.timing import Deadline
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Memories, Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES
+from kvclient.watching import Watch
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -245,6 +246,10 @@ class AsyncClient:
     async def list_namespaces(self, *, deadline_s: float | None = None) -> list[pb.NamespaceStats]:
         request = pb.ListNamespacesRequest()
         return list((await self._ask("ListNamespaces", request, deadline_s)).namespaces)
+
+    def watch(self) -> Watch:
+        """Which blocks of this tenant are where, first all of them, then every change."""
+        return Watch(self.session)
 
     async def evict(
         self,

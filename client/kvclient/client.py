@@ -30,7 +30,7 @@ from kvclient.aio import AsyncClient
 from kvclient.checks import Arrays
 from kvclient.copying import THREADS
 from kvclient.errors import Unavailable, Unsupported, late
-from kvclient.handles import SyncReadStream, SyncReservation
+from kvclient.handles import SyncReadStream, SyncReservation, SyncWatch
 from kvclient.namespace import AsyncNamespace
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
 from kvclient.session import Options
@@ -287,6 +287,9 @@ class Client:
             lambda: client.list_namespaces(deadline_s=deadline_s), deadline_s, 0.0, "list"
         )
 
+    def watch(self) -> SyncWatch:
+        return SyncWatch(self, self.aio.watch())
+
     def evict(
         self,
         namespace_id: bytes,
@@ -481,6 +484,9 @@ class Namespace:
 
     def release(self, *leases: int) -> None:
         self._client.run(lambda: self._aio.release(*leases), None, 0.0, "release")
+
+    def watch(self) -> SyncWatch:
+        return SyncWatch(self._client, self._aio.watch())
 
     def report_corrupt(self, hashes: Sequence[bytes], *, deadline_s: float | None = None) -> int:
         return self._client.run(

@@ -6,6 +6,7 @@ what it does. Views (`cells`) and `verify` need no loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -20,10 +21,12 @@ from kvclient.errors import Unavailable
 from kvclient.reading import Granted, ReadStream
 from kvclient.results import Bytes, Tier
 from kvclient.timing import Deadline
+from kvclient.watching import Watch, WatchEvent
 from kvclient.writing import Reservation
 from kvproto.grid import Region
 
 Result = TypeVar("Result")
+STEP_S = 1.0  # a watch without end looks this often whether it is closed
 
 
 class Runs(Protocol):
@@ -166,6 +169,71 @@ class SyncReadStream:
 
     async def _next(self) -> Granted | None:
         """A StopAsyncIteration cannot cross a future."""
+        try:
+            return await anext(self._aio)
+        except StopAsyncIteration:
+            return None
+
+
+class SyncWatch:
+    """`Watch`, synchronous: `with client.watch() as watch: for event in watch: ...`."""
+
+    def __init__(self, client: Runs, watch: Watch) -> None:
+        self._client = client
+        self._aio = watch
+        self._pending: asyncio.Task[WatchEvent | None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with suppress(Unavailable):
+            self._client.run(self._close, None, 0.0, "close")
+
+    async def _close(self) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            await asyncio.gather(self._pending, return_exceptions=True)
+        await self._aio.aclose()
+
+    def __iter__(self) -> Iterator[WatchEvent]:
+        return self
+
+    def __next__(self) -> WatchEvent:
+        """Waits without end; ends with the watch or its client."""
+        while (event := self.next(STEP_S)) is None:
+            if self._aio.ended:
+                raise StopIteration
+        return event
+
+    def next(self, timeout_s: float) -> WatchEvent | None:
+        """The next event, None when there is none within `timeout_s`, or ever."""
+        try:
+            return self._client.run(lambda: self._next(timeout_s), timeout_s, 0.0, "watch")
+        except Unavailable:
+            if self._aio.ended:
+                return None
+            raise
+
+    async def _next(self, timeout_s: float) -> WatchEvent | None:
+        """What has begun to be read is not lost with a timeout: the next call goes on with it."""
+        if self._pending is None:
+            self._pending = asyncio.get_running_loop().create_task(self._read())
+        done, _ = await asyncio.wait({self._pending}, timeout=timeout_s)
+        if not done:
+            return None
+        task, self._pending = self._pending, None
+        return await task
+
+    async def _read(self) -> WatchEvent | None:
         try:
             return await anext(self._aio)
         except StopAsyncIteration:

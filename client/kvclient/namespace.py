@@ -32,6 +32,7 @@ from kvclient.session import Link, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
+from kvclient.watching import Watch
 from kvclient.writing import Push, Reservation
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
@@ -321,6 +322,10 @@ class AsyncNamespace:
 
         _, reply = await self._call("ReportCorrupt", make, self.deadline(deadline_s))
         return int(reply.dropped)
+
+    def watch(self) -> Watch:
+        """Which blocks of this namespace are where, first all of them, then every change."""
+        return Watch(self.session, self.id, self.handle)
 
     async def open(self, deadline: Deadline) -> None:
         """Open it now; other calls do so on demand."""

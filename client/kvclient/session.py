@@ -151,6 +151,10 @@ class Session:
         return self.options.address
 
     @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def healthy(self) -> bool:
         """A live Link whose last heartbeat was answered."""
         return self._link is not None and self._link.lost is None and self._beating
@@ -263,7 +267,8 @@ class Session:
             return self._link
         if not self._closed and self._failure is None and self._attempt is not None:
             with suppress(*TIMEOUTS):
-                await asyncio.wait_for(asyncio.shield(self._attempt), deadline.left())
+                async with asyncio.timeout(deadline.left()):
+                    await asyncio.shield(self._attempt)
         return self.link
 
     async def rpc(self, name: str, request: Message, deadline: Deadline) -> Message:
@@ -345,8 +350,10 @@ class Session:
             backoff.reset()
             self._wake.clear()
             if self._link is not None and self._link.lost is None:
+                # Not `wait_for`: in Python 3.11 it forgets a cancellation that meets its result.
                 with suppress(*TIMEOUTS):
-                    await asyncio.wait_for(self._wake.wait(), self._link.limits.heartbeat_s / 2)
+                    async with asyncio.timeout(self._link.limits.heartbeat_s / 2):
+                        await self._wake.wait()
 
     async def _beat(self, link: Link) -> bool:
         """One heartbeat; False when it failed or told that the Link is lost."""

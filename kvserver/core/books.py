@@ -104,6 +104,10 @@ class Books:
         self.watchers: dict[int, dict[int, None]] = {}  # row -> streams that wait for it
         self.ready: dict[int, None] = {}  # streams to be looked at again
         self.room = False  # something became free or evictable
+        # Of this event, for `residences`: blocks that moved, by namespace and key; None while
+        # nobody watches. And namespaces that are forgotten.
+        self.moved: dict[tuple[int, bytes], None] | None = None
+        self.forgotten: list[NamespaceSpec] = []
 
     # ---- answers
 
@@ -205,7 +209,14 @@ class Books:
         """A COMMITTED slot counts as a residence of its block from now on."""
         self.blocks.resident[row] |= bit(tier)
         self.namespaces[self.blocks.namespace[row]].bytes += self.slots[tier].bytes_of(slot)
+        self.note(row)
         self.offer(tier, slot)
+
+    def note(self, row: int) -> None:
+        """The block's residences change. Beyond `moved_max` only that there were more counts."""
+        moved = self.moved
+        if moved is not None and len(moved) <= self.config.moved_max:
+            moved[self.blocks.namespace[row], self.blocks.keys[row]] = None
 
     def detach(self, row: int, tier: Tier) -> None:
         """The block gives its slot on a tier up; its parent may have become a leaf there."""
@@ -214,6 +225,7 @@ class Books:
         if blocks.resident[row] & bit(tier):
             slot_bytes = self.slots[tier].bytes_of(blocks.slot[tier][row])
             self.namespaces[blocks.namespace[row]].bytes -= slot_bytes
+            self.note(row)
         self.vacate(tier, blocks.detach(row, tier))
         if parent and not blocks.kids[tier][parent] and blocks.slot[tier][parent]:
             front = blocks.stamp[parent] <= blocks.stamp[row]

@@ -350,6 +350,13 @@ class TierUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """From now on tell where blocks are (Moved, MovedTooMuch, TiersUp), or no longer."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed. The shell sends one at least every `HubConfig.tick` seconds."""
 
@@ -420,6 +427,6 @@ Event = (
     OpenSession | JoinSession | Heartbeat | CloseClient | CloseSession | OpenNamespace | Lookup
     | Announce | Reserve | Commit | Abort | Fence | Acquire | CancelAcquire | Release
     | ReportCorrupt | Evict | DropNamespace | Drain | ClientDead | ClientDrained | JobDone
-    | TierGrew | TierDown | TierUp | Tick | Stalled
+    | TierGrew | TierDown | TierUp | Tick | Stalled | Watch
     | RestoreNamespace | RestoreBlocks | RestoreQuarantined | RestoreDone
 )  # fmt: skip

@@ -10,7 +10,8 @@ must not be used any further.
 
 Who decides what: `writing` reservations and commits; `reading` lookups and leases; `streams`
 Acquire; `spills`, `fetches`, `verifies` the copies between tiers; `space` where a slot comes from;
-`eviction` what leaves; `sessions` who is there; `recovery` what a restart finds; all share `books`.
+`eviction` what leaves; `sessions` who is there; `recovery` what a restart finds; `residences` what
+watchers are told; all share `books`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvserver.core.jobs import Jobs
 from kvserver.core.limits import HubConfig
 from kvserver.core.reading import Reading
 from kvserver.core.recovery import Recovery
+from kvserver.core.residences import Residences
 from kvserver.core.sessions import Sessions
 from kvserver.core.slabs import slot_bytes_max, slot_class_bytes
 from kvserver.core.space import Space
@@ -65,6 +67,7 @@ class Hub:
         self._sessions = Sessions(books, self._holds, self._writing, self._reading, self._streams)
         self._admin = Admin(books, self._holds, self._sessions, self._spills)
         self._recovery = Recovery(books, self._sessions)
+        self._residences = Residences(books)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.OpenSession: self._open_session,
             ev.JoinSession: self._join_session,
@@ -93,6 +96,7 @@ class Hub:
             ev.TierUp: self._admin.tier_up,
             ev.Tick: self._nothing,
             ev.Stalled: self._nothing,
+            ev.Watch: self._residences.watch,
             ev.RestoreNamespace: self._recovery.namespace,
             ev.RestoreBlocks: self._recovery.blocks,
             ev.RestoreQuarantined: self._recovery.quarantined,
@@ -155,6 +159,7 @@ class Hub:
             elif not books.ready:
                 break
         self._admin.settle()
+        self._residences.settle()
 
     # ---- questions
 
@@ -188,6 +193,18 @@ class Hub:
     def near_misses(self, handle: int) -> list[str]:
         """In which one field a namespace differed from each that was live when it was opened."""
         return list(self._books.namespaces[handle].near)
+
+    def walk(
+        self, start: int, rows: int, wanted: Callable[[NamespaceSpec], bool]
+    ) -> tuple[list[ins.Moved], int]:
+        """A piece of the table for a watcher of the `wanted` namespaces, and where the next one
+        begins; 0 both for the first piece and when there is none."""
+        return self._residences.walk(start, rows, wanted)
+
+    @property
+    def tiers_up(self) -> int:
+        """Which tiers work, by bit `tier - 1`."""
+        return self._books.up_bits
 
     def suspects(self) -> frozenset[int]:
         """Clients whose death would lift a quarantine."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvproto.grid import Region
+from kvproto.namespace import NamespaceSpec
 from kvserver.core.events import CommitVerdict, Place, ReserveVerdict, Tier
 
 # ---- results -------------------------------------------------------------------------------
@@ -179,7 +180,40 @@ class Verify:
     info: BlockInfo
 
 
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """Where a block is whole: bit `tier - 1` of `tiers` for each tier; 0: it is gone, and so are
+    its parent (ROOT) and tokens (0)."""
+
+    key: bytes
+    parent: bytes
+    tokens: int
+    tiers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where these blocks of a namespace are now. With `forgotten`, the namespace is gone with all
+    of its blocks."""
+
+    spec: NamespaceSpec
+    blocks: list[Residence]
+    forgotten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MovedTooMuch:
+    """So many blocks moved at once that watchers do better to walk the table again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TiersUp:
+    """Which tiers work now, by bit `tier - 1`: blocks that are on others only cannot be read."""
+
+    tiers: int
+
+
 Instruction = (
     Answer | Refusal | Granted | EntryReserved | EntryInvalid | CellsCommitted | CellsPresent
-    | Copy | Verify
+    | Copy | Verify | Moved | MovedTooMuch | TiersUp
 )  # fmt: skip

@@ -50,6 +50,7 @@ class HubConfig:
     streams_max: int = 4096
     reserve_waits_max: int = 4096  # Reserve calls that wait for space
     reports_max: int = 1024  # ReportCorrupt calls under verification
+    moved_max: int = 65_536  # blocks of one event that watchers are told of one by one
     history_max: int = 4096  # remembered transitions, for the story of an InvariantError
 
     # bytes and copies

@@ -141,6 +141,8 @@ class Sessions:
     def forget_namespace(self, handle: int) -> None:
         """No block of it is left. A spec that is opened again gets a new handle."""
         namespace = self._books.namespaces.pop(handle)
+        if self._books.moved is not None:
+            self._books.forgotten.append(namespace.spec)
         del self._books.blocks.index[handle]
         del self._handles[namespace.spec.id]
         del self.by_tag[namespace.spec.tag]

@@ -51,8 +51,11 @@ from kvserver.core.instructions import (
     EntryReserved,
     Granted,
     Instruction,
+    Moved,
+    MovedTooMuch,
     Refusal,
     ReserveResult,
+    TiersUp,
     Verify,
 )
 from kvserver.core.limits import HubConfig
@@ -83,6 +86,12 @@ class Jobs(Protocol):
     def forget(self, place: Place) -> None: ...
 
 
+class Watches(Protocol):
+    """Takes what moved (`kvserver.runtime.watches`). It must not block."""
+
+    def carry_out(self, instruction: Moved | MovedTooMuch | TiersUp) -> None: ...
+
+
 class Driver:
     """See the module's rules. `fatal(error)` is expected not to return (tests let it).
 
@@ -104,6 +113,7 @@ class Driver:
         self.hub = Hub(config)
         self.entries = HostEntries(host, self.hub.spec_of)
         self._jobs: Jobs | None = None
+        self._watches: Watches | None = None
         self._fatal = fatal
         self._is_dead = is_dead
         self._is_remote = is_remote
@@ -127,6 +137,10 @@ class Driver:
 
     def attach(self, jobs: Jobs) -> None:
         self._jobs = jobs
+
+    def attach_watches(self, watches: Watches) -> None:
+        """Who is told of blocks that moved, once it asked the core for it."""
+        self._watches = watches
 
     def start(self) -> None:
         """Begin ticking; call it on the running loop."""
@@ -312,6 +326,9 @@ class Driver:
                     self.entries.invalid(place)
             case Copy() | Verify():
                 self._running_jobs().submit(instruction)
+            case Moved() | MovedTooMuch() | TiersUp():
+                assert self._watches is not None, "attach_watches() comes first"
+                self._watches.carry_out(instruction)
 
     def _running_jobs(self) -> Jobs:
         assert self._jobs is not None, "attach() comes first"

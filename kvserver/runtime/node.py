@@ -20,6 +20,7 @@ from kvserver.runtime.driver import Driver
 from kvserver.runtime.moves import Moves
 from kvserver.runtime.namespaces import Namespaces
 from kvserver.runtime.sessions import Session, Sessions
+from kvserver.runtime.watches import Watches
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.permits import Permits
@@ -45,12 +46,15 @@ class Node:
         liveness: Liveness,
         namespaces: Namespaces,
         dropped: Mapping[str, int],
+        watches: Watches,
         report: Callable[[str, BaseException], object],
         log: logging.Logger,
     ) -> None:
         self.driver = driver
         self.sessions = Sessions()
         self.moves: Moves | None = None  # where nixl is on offer
+        self.watches = watches
+        driver.attach_watches(watches)
         self.epoch = host.epoch
         self.arena_id = host.arena_id
         self.draining = False
@@ -90,6 +94,9 @@ class Node:
             "commit_mismatches": self.driver.commit_mismatches,
             "shm_granted": self._shm.granted,
             "shm_refused": self._shm.refused,
+            "watchers": self.watches.open,
+            "watch_blocks": self.watches.told,
+            "watch_overflows": self.watches.overflows,
             **(self._tcp.counters() if self._tcp else {}),
             **self._dropped,
             **(self.moves.counters() if self.moves else {}),
@@ -103,6 +110,7 @@ class Node:
                 alive = {session.session for session in self.driver.stats().sessions}
                 for session in self.sessions.keep_only(alive):
                     self._log.info("session_ended", extra={"fields": {"session": session}})
+                self.watches.keep_only(alive)
                 self._bury_the_dead()
             except Exception as error:
                 self._report("sweep", error)
@@ -151,6 +159,7 @@ class Node:
             ended = events.CloseSession(self.driver.ticket(), session.id, drained=drained)
             await self.driver.ask(ended, type(None))
             self.sessions.remove(session.id)
+            self.watches.keep_only({one.id for one in self.sessions.all()})
 
     # ---- namespaces --------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import kvserver
 from kvproto import frames
 from kvproto.errors import FieldError
 from kvproto.grid import Grid, Region
-from kvproto.namespace import TEXT_BYTES_MAX
+from kvproto.namespace import NAMESPACE_ID_BYTES, TEXT_BYTES_MAX
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.core import events, instructions
@@ -366,6 +366,27 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
             self._hashes("hashes", request.hashes),
         )
         return pb.ReportCorruptReply(dropped=await self._driver.ask(event, int))
+
+    # ---- watching ----------------------------------------------------------------------------
+
+    @streaming
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchReply]:
+        session = self._session(request.session)
+        namespace_id = request.namespace_id
+        if namespace_id:
+            convert.id_from("namespace_id", namespace_id, length=NAMESPACE_ID_BYTES)
+        watches = self._node.watches
+        introduced: set[bytes] = set()  # namespaces whose spec was told
+        steps = watches.steps(session.id, session.tenant, namespace_id)
+        sequence = 0
+        async with contextlib.aclosing(steps):
+            async for step in steps:
+                sequence += 1
+                reply = convert.watch_to(step, introduced)
+                reply.sequence, reply.epoch = sequence, self._node.epoch
+                reply.tiers_up = self._driver.hub.tiers_up
+                reply.idle_ms = convert.milliseconds(watches.idle_s)
+                yield reply
 
     # ---- fields ------------------------------------------------------------------------------
 

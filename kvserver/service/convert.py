@@ -24,6 +24,7 @@ from kvserver.core.events import (
     Need,
     Place,
 )
+from kvserver.runtime.watches import Kind, Step
 
 NO_OFFSET = (1 << 64) - 1
 NAME_BYTES_MAX = 128
@@ -216,6 +217,29 @@ def geometry_to(grid: Grid, slot_bytes: int) -> pb.Geometry:
         trailer_bytes=grid.trailer_bytes,
         slot_bytes=slot_bytes,
     )
+
+
+# ---- watching --------------------------------------------------------------------------------
+
+
+def watch_to(step: Step, introduced: set[bytes]) -> pb.WatchReply:
+    """A watcher's step; `introduced` are the namespaces whose spec it knows, and is kept so."""
+    reply = pb.WatchReply(kind=pb.WatchKind.ValueType(step.kind), reason=step.reason)
+    if step.kind is Kind.RESET:
+        introduced.clear()
+    segment = step.segment
+    if segment is None:
+        return reply
+    reply.namespace_id = segment.spec.id
+    if segment.forgotten:
+        introduced.discard(segment.spec.id)
+        return reply
+    if segment.spec.id not in introduced:
+        introduced.add(segment.spec.id)
+        reply.spec.CopyFrom(spec_to(segment.spec))
+    reply.hashes, reply.parents = segment.hashes, segment.parents
+    reply.tokens, reply.tiers = segment.tokens, segment.tiers
+    return reply
 
 
 # ---- answers ---------------------------------------------------------------------------------

@@ -287,3 +287,14 @@ def test_connect_and_close_leak_nothing(server: ServerProcess) -> None:
 def test_unknown_namespaces_are_not_found(client: Client) -> None:
     with pytest.raises(NotFound):
         client.drop_namespace(bytes(32))
+
+
+async def test_a_keeper_that_is_woken_as_its_client_closes_ends(server: ServerProcess) -> None:
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes together with its
+    result: then the keeper went on, and `close` waited for it without end.
+    """
+    client = await AsyncClient.connect(server.address)
+    await asyncio.sleep(0.2)  # the keeper waits for its next beat
+    client.session._wake.set()
+    async with asyncio.timeout(5):
+        await client.close()

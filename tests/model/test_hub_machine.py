@@ -182,6 +182,18 @@ class HubMachine(WriterMachine):
         self.world.send(ev.TierUp(DISK) if self.disk_up else ev.TierDown(DISK, "EIO"))
         self.settle()
 
+    @op(1, on=st.sampled_from([True, True, False]))
+    def watch(self, on: bool) -> None:
+        if on:
+            self.world.start_watch()
+        elif self.world.watch is not None:
+            self.world.stop_watch()
+
+    @op(3, rows=st.sampled_from([3, 10, 1000]))
+    def walk(self, rows: int) -> None:
+        if self.world.watch is not None:
+            self.world.walk(rows)
+
     @op(1, at=pick)
     def disk_rots(self, at: int) -> None:
         offset = self.choose(self.world.records, at)
@@ -277,6 +289,7 @@ class HubMachine(WriterMachine):
         if hasattr(self, "world"):
             self.world.hub.validate()
             self.world.check_leases()
+            self.world.check_watch()
             self.check_streams()
             self.check_fences()
 

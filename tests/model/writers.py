@@ -75,14 +75,17 @@ class WriterMachine(RuleBasedStateMachine):
         disk=st.sampled_from([0, 32, 96]),
         device=st.sampled_from([0, 16]),
         warm=st.lists(st.tuples(pick, spans), max_size=8),
+        watched=st.booleans(),
     )
     def start(
-        self, host: int, disk: int, device: int, warm: list[tuple[int, tuple[int, int, int]]]
-    ) -> None:
+        self, host: int, disk: int, device: int, warm: list[tuple[int, tuple[int, int, int]]],
+        watched: bool,
+    ) -> None:  # fmt: skip
         self.config = HubConfig(
             host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
             session_ttl=SESSION_TTL, starve_max=20.0, promotions_max=3, spill_copies_max=2,
             upload_heat=2, verifies_max=2, writers_per_block_max=3, eviction_scan_max=3,
+            moved_max=8,
         )  # fmt: skip
         self.world = World(self.config)
         self.reset_clients()
@@ -96,6 +99,9 @@ class WriterMachine(RuleBasedStateMachine):
         for ns, span in warm:
             self.push(0, ns, span)
             self.world.finish_all()
+        if watched:
+            self.world.start_watch()
+            self.world.walk()
 
     def reset_clients(self) -> None:
         self.model = Reference(4, partial_ttl=5.0, session_ttl=SESSION_TTL)

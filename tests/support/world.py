@@ -21,6 +21,7 @@ from kvproto.prefix import ROOT
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.hub import Hub, HubConfig
+from kvserver.core.slots import COMMITTED
 
 DEVICE, HOST, DISK = ev.Tier.DEVICE, ev.Tier.HOST, ev.Tier.DISK
 UNIT = 16 << 10
@@ -70,6 +71,33 @@ class LeaseView:
 
 
 @dataclass
+class Watcher:
+    """What somebody knows who hears where blocks are, and walks the table piece by piece."""
+
+    known: dict[bytes, dict[bytes, ins.Residence]] = field(default_factory=dict)
+    row: int = 0  # where the walk goes on
+    through: bool = False
+    tiers_up: int = 0
+    restarts: int = 0
+
+    def hear(self, moved: ins.Moved) -> None:
+        assert not (moved.forgotten and moved.blocks)
+        if moved.forgotten:
+            self.known.pop(moved.spec.id, None)
+        blocks = self.known.setdefault(moved.spec.id, {})
+        for block in moved.blocks:
+            assert bool(block.tiers) == bool(block.tokens), block
+            if block.tiers:
+                blocks[block.key] = block
+            else:
+                blocks.pop(block.key, None)
+
+    def restart(self) -> None:
+        self.known, self.row, self.through = {}, 0, False
+        self.restarts += 1
+
+
+@dataclass
 class World:
     config: HubConfig
     ready: bool = True
@@ -85,6 +113,7 @@ class World:
     compared: list[tuple[ev.Place, Region, bytes]] = field(default_factory=list)
     generations: dict[tuple[ev.Tier, int], int] = field(default_factory=dict)
     ticket: int = 0
+    watch: Watcher | None = None
 
     def __post_init__(self) -> None:
         self._units = {
@@ -155,6 +184,15 @@ class World:
                 self._present(instruction)
             case ins.Copy() | ins.Verify():
                 self._start(instruction)
+            case ins.Moved():
+                assert self.watch is not None, "told while nobody watches"
+                self.watch.hear(instruction)
+            case ins.MovedTooMuch():
+                assert self.watch is not None, "told while nobody watches"
+                self.watch.restart()
+            case ins.TiersUp(tiers):
+                assert self.watch is not None, "told while nobody watches"
+                self.watch.tiers_up = tiers
             case _:
                 raise AssertionError(f"unknown instruction {instruction}")
 
@@ -251,6 +289,52 @@ class World:
             count += 1
             assert count < 100_000, "jobs without end"
         return count
+
+    # ---- watching
+
+    def start_watch(self) -> None:
+        self.watch = Watcher(tiers_up=self.hub.tiers_up)
+        self.send(ev.Watch(on=True))
+
+    def stop_watch(self) -> None:
+        self.send(ev.Watch(on=False))
+        self.watch = None
+
+    def walk(self, rows: int = 1 << 20) -> None:
+        """One piece of the walk."""
+        assert self.watch is not None
+        if self.watch.through:
+            return
+        told, self.watch.row = self.hub.walk(self.watch.row, rows, lambda spec: True)
+        for moved in told:
+            self.watch.hear(moved)
+        self.watch.through = not self.watch.row
+
+    def check_watch(self) -> None:
+        """A watcher whose walk is through knows the table."""
+        if self.watch is None or not self.watch.through:
+            return
+        assert self.watch.tiers_up == self.hub.tiers_up
+        assert {i: known for i, known in self.watch.known.items() if known} == self.table()
+
+    def table(self) -> dict[bytes, dict[bytes, ins.Residence]]:
+        """Every whole block, by namespace and key, from the books themselves."""
+        books = self.hub._books
+        blocks, table = books.blocks, dict[bytes, dict[bytes, ins.Residence]]()
+        for handle, index in blocks.index.items():
+            for key, row in index.items():
+                if blocks.state[row] == ev.BlockState.COMPLETE:
+                    tiers = sum(1 << (tier - 1) for tier in ev.Tier if self.holds(row, tier))
+                    parent, tokens = blocks.keys[blocks.parent[row]], blocks.tokens[row]
+                    found = table.setdefault(books.namespaces[handle].spec.id, {})
+                    found[key] = ins.Residence(key, parent, tokens, tiers)
+        return table
+
+    def holds(self, row: int, tier: ev.Tier) -> bool:
+        """The block's slot on this tier is committed."""
+        books = self.hub._books
+        slot = books.blocks.slot[tier][row]
+        return bool(slot) and books.slots[tier].state[slot] == COMMITTED
 
     # ---- memory
 

@@ -40,7 +40,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "numpy": frozenset({"kvproto", "kvclient", "kvserver_vllm", "kvserver"}),
     "xxhash": frozenset({"kvproto", "kvclient", "kvserver_vllm", "kvserver.tiers"}),
     "grpc": frozenset({"kvclient", "kvserver.service", "kvserver.server", "kvserver.cli"}),
-    "google": frozenset({"kvclient", "kvserver.service", "kvserver.cli"}),
+    "google": frozenset({"kvclient", "kvserver.service", "kvserver.cli", "kvserver.tables"}),
     "grpc_health": frozenset({"kvclient", "kvserver.service", "kvserver.server", "kvserver.cli"}),
     "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
     "prometheus_client": frozenset({"kvserver.observe"}),

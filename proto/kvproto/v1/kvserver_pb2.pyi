@@ -33,6 +33,14 @@ class CommitVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMMIT_VERDICT_OK: _ClassVar[CommitVerdict]
     COMMIT_VERDICT_GONE: _ClassVar[CommitVerdict]
     COMMIT_VERDICT_MISMATCH: _ClassVar[CommitVerdict]
+
+class WatchKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WATCH_KIND_IDLE: _ClassVar[WatchKind]
+    WATCH_KIND_RESET: _ClassVar[WatchKind]
+    WATCH_KIND_BLOCKS: _ClassVar[WatchKind]
+    WATCH_KIND_SYNCED: _ClassVar[WatchKind]
+    WATCH_KIND_FORGOTTEN: _ClassVar[WatchKind]
 BLOCK_STATE_ABSENT: BlockState
 BLOCK_STATE_ANNOUNCED: BlockState
 BLOCK_STATE_FILLING: BlockState
@@ -48,6 +56,11 @@ RESERVE_VERDICT_NO_SPACE: ReserveVerdict
 COMMIT_VERDICT_OK: CommitVerdict
 COMMIT_VERDICT_GONE: CommitVerdict
 COMMIT_VERDICT_MISMATCH: CommitVerdict
+WATCH_KIND_IDLE: WatchKind
+WATCH_KIND_RESET: WatchKind
+WATCH_KIND_BLOCKS: WatchKind
+WATCH_KIND_SYNCED: WatchKind
+WATCH_KIND_FORGOTTEN: WatchKind
 
 class HelloRequest(_message.Message):
     __slots__ = ("protocol_version", "client_name", "client_version", "tenant", "join_token", "rank")
@@ -572,6 +585,42 @@ class ReportCorruptReply(_message.Message):
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     dropped: int
     def __init__(self, dropped: _Optional[int] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("session", "namespace_id")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    namespace_id: bytes
+    def __init__(self, session: _Optional[int] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
+
+class WatchReply(_message.Message):
+    __slots__ = ("sequence", "kind", "epoch", "tiers_up", "idle_ms", "reason", "namespace_id", "spec", "hashes", "parents", "tokens", "tiers")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TIERS_UP_FIELD_NUMBER: _ClassVar[int]
+    IDLE_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    kind: WatchKind
+    epoch: int
+    tiers_up: int
+    idle_ms: int
+    reason: str
+    namespace_id: bytes
+    spec: NamespaceSpec
+    hashes: bytes
+    parents: bytes
+    tokens: bytes
+    tiers: bytes
+    def __init__(self, sequence: _Optional[int] = ..., kind: _Optional[_Union[WatchKind, str]] = ..., epoch: _Optional[int] = ..., tiers_up: _Optional[int] = ..., idle_ms: _Optional[int] = ..., reason: _Optional[str] = ..., namespace_id: _Optional[bytes] = ..., spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tiers: _Optional[bytes] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("tier", "bytes_total", "bytes_ready", "bytes_used", "slots", "slots_free", "slots_filling", "slots_committed", "slots_copying", "slots_quarantined", "up", "note")

@@ -115,6 +115,11 @@ class CacheStub(object):
                 request_serializer=kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptRequest.SerializeToString,
                 response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/kvserver.v1.Cache/Watch',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.WatchRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.WatchReply.FromString,
+                _registered_method=True)
 
 
 class CacheServicer(object):
@@ -232,6 +237,13 @@ class CacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """For routers: which blocks are where, first all of them, then every change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CacheServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -314,6 +326,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.ReportCorrupt,
                     request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptRequest.FromString,
                     response_serializer=kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.WatchRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.WatchReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -749,6 +766,33 @@ class Cache(object):
             '/kvserver.v1.Cache/ReportCorrupt',
             kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptRequest.SerializeToString,
             kvproto_dot_v1_dot_kvserver__pb2.ReportCorruptReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvserver.v1.Cache/Watch',
+            kvproto_dot_v1_dot_kvserver__pb2.WatchRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.WatchReply.FromString,
             options,
             channel_credentials,
             insecure,
