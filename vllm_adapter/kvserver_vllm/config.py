@@ -55,6 +55,8 @@ class Settings:
     """Longest that pages stay pinned for a push after the step that computed them."""
     jobs_max: int = 256
     """Pushes a rank keeps queued; beyond it a push is dropped and counted."""
+    cache_dir: str = ""
+    """Directory of the file that remembers digests of weights. Default: the user's cache."""
     event_log: str = ""
     """Path of a JSONL file that gets an event per lookup, save, commit and pull. Default: none."""
 
@@ -89,7 +91,7 @@ class Settings:
 
 
 _TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
-_TEXTS = ("address", "tenant", "event_log", "transport", *_TLS)
+_TEXTS = ("address", "tenant", "cache_dir", "event_log", "transport", *_TLS)
 _FLAGS = ("push",)
 _LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}
 

@@ -31,12 +31,14 @@ from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog
-from kvserver_vllm.fingerprint import fingerprint
+from kvserver_vllm.fingerprint import cache_path, fingerprint, process_start
 from kvserver_vllm.identity import (
     Adapters,
     build_spec,
+    changed_weights,
     encoding_of,
     head_range,
+    kv_dtype_of,
     layer_names,
     layer_starts,
     rank_info,
@@ -94,6 +96,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._rank_info: RankInfo | None = None
         self._ranks: dict[tuple[int, int], RankInfo] = {}
         self._weights = b""
+        self._digests = cache_path(self._settings.cache_dir)
         self._epoch = ""
         self._closed = False
         if role == SCHEDULER:
@@ -116,7 +119,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=bool(transfer.is_kv_consumer),
             saves=bool(transfer.is_kv_producer and self._settings.push),
             prefix_caching=bool(config.cache_config.enable_prefix_caching),
-            adapter_digest=Adapters().digest,
+            adapter_digest=Adapters(self._digests).digest,
         )
 
     # ---- both roles --------------------------------------------------------------------------
@@ -148,7 +151,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         pages = HostPages(encoding, tensors)
         stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
         stage %= int(parallel.pipeline_parallel_size)
-        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        dtype = kv_dtype_of(config, names, tensors[0])
         self._rank_info = rank_info(config, names, pages, dtype, tp_rank)
         self._worker = WorkerHalf(
             self._settings,
@@ -228,7 +231,8 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Digest the weights, then let the scheduler half begin."""
         try:
             if not self._weights:
-                self._weights = fingerprint(weights_path(self._vllm_config))
+                self._weights = fingerprint(weights_path(self._vllm_config), self._digests)
+                self._doubt_weights()
             spec = self._spec(self._weights)
             self._scheduling().open(
                 spec.canonical,
@@ -239,6 +243,17 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._link.submit(self._link.greet(spec.canonical))
         except Exception:
             logger.exception("kvserver: no fingerprint of the weights; serving without the hub")
+
+    def _doubt_weights(self) -> None:
+        """Share with nobody when others than the digested weights may have been loaded."""
+        changed = changed_weights(self._vllm_config, process_start())
+        if changed is not None:
+            self._epoch = os.urandom(EPOCH_BYTES).hex()
+            logger.warning(
+                "kvserver: %s changed after this engine began to load; it shares its KV with "
+                "nobody until it is restarted",
+                changed,
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._scheduling().bind_pool(gpu_block_pool)

@@ -1,25 +1,34 @@
 """What the weights are: a digest of their content, never of a path.
 
 A checkpoint's fingerprint is SHA-256 over the sorted digests of its weight files, so renaming the
-directory or a shard changes nothing and one changed weight changes it. Each file is digested once
-and remembered in a small file of the user's cache directory under its device, inode, size and
-times; a file changed in place has a new change time even where its mtime was restored.
+directory or a shard changes nothing and one changed weight changes it. All files that any loader
+could take count: which of them this engine loads says the namespace's `loader`.
+
+Each file is digested once and remembered in a small file of the user's cache directory under its
+device, inode, size and times; a file changed in place has a new change time even where its mtime
+was restored. Engines that start together digest one after another (a lock beside the cache), so
+that all but the first read what the first wrote. A cache that is broken, or that somebody else
+could have written, is not read.
 
 Digesting a large checkpoint takes minutes the first time (about 1.4 GB/s a thread): callers run
-it off the engine's threads.
+it off the engine's threads. By then the engine has loaded the weights: `changed_since` says
+whether they can have been others.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from kvserver_vllm.errors import UnsupportedError
 
@@ -27,43 +36,29 @@ PATTERNS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
 READ_BYTES = 8 << 20
 THREADS = 4
 CACHE_ENTRIES_MAX = 4096
-ATTRIBUTE_BYTES_MAX = 400
-# Fields of a model's configuration that say nothing about the KV it computes.
-_IGNORED = frozenset(
-    {
-        "_name_or_path",
-        "_commit_hash",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "pad_token_id",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
+CACHE_FILE = "fingerprints.json"
+TURN_S = 600.0
+"""Longest that an engine waits for another's digests before it makes its own."""
+TURN_POLL_S = 0.1
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def cache_path() -> Path:
-    """Where file digests are remembered."""
+def cache_path(directory: str = "") -> Path:
+    """Where file digests are remembered: in `directory`, or the user's cache directory."""
+    if directory:
+        return Path(directory) / CACHE_FILE
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "kvserver" / "fingerprints.json"
+    return Path(base) / "kvserver" / CACHE_FILE
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint: those of the first format that is present."""
-    for pattern in PATTERNS:
-        files = sorted(path for path in directory.glob(pattern) if path.is_file())
-        if files:
-            return files
-    raise UnsupportedError(f"no weight files ({', '.join(PATTERNS)}) in {directory}")
+def checkpoint_files(path: Path) -> list[Path]:
+    """The weight files of a checkpoint: a directory, or one file. UnsupportedError without any."""
+    if path.is_file():
+        return [path]
+    found = {file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file()}
+    if not found:
+        raise UnsupportedError(f"no weight files ({', '.join(PATTERNS)}) in {path}")
+    return sorted(found)
 
 
 def fingerprint(path: Path, cache: Path | None = None) -> bytes:
@@ -72,12 +67,57 @@ def fingerprint(path: Path, cache: Path | None = None) -> bytes:
     `cache` is the file that remembers digests (default `cache_path()`). UnsupportedError when
     there are no weights.
     """
-    files = [path] if path.is_file() else checkpoint_files(path)
-    remembered = _DigestCache(cache if cache is not None else cache_path())
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="kvserver-digest") as pool:
-        digests = list(pool.map(remembered.digest, files))
-    remembered.save()
+    files = checkpoint_files(path)
+    cache = cache if cache is not None else cache_path()
+    with _turn(cache.with_suffix(".lock")):
+        remembered = _DigestCache(cache)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="kvserver-digest") as pool:
+            digests = list(pool.map(remembered.digest, files))
+        remembered.save()
     return sha256(b"kvfp1" + b"".join(sorted(digests))).digest()
+
+
+def changed_since(path: Path, when: float) -> Path | None:
+    """What of a checkpoint changed after `when` (seconds since the epoch): a weight file, the
+    directory, or a link on the way to them. None: who loaded the weights at `when` or later
+    loaded what stands there now."""
+    links = [way for way in path.absolute().parents if way.is_symlink()]
+    for one in [path, *checkpoint_files(path)]:
+        if max(one.lstat().st_ctime, one.stat().st_ctime) > when:
+            return one
+    return next((link for link in links if link.lstat().st_ctime > when), None)
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch as file times count them. At most a
+    second too early: the kernel tells the time of its boot in whole seconds."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+    assert boot is not None
+    return int(boot[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold the lock `path`. Without it after TURN_S, and where it cannot be had: it saves time."""
+    fd = -1
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + TURN_S
+    try:
+        while fd >= 0 and time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(TURN_POLL_S)
+            except OSError:
+                break
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 class _DigestCache:
@@ -105,7 +145,7 @@ class _DigestCache:
         merged = {**_read(self._path), **self._fresh}
         entries = dict(list(merged.items())[-CACHE_ENTRIES_MAX:])
         with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
                 "w", dir=self._path.parent, prefix=self._path.name, delete=False
             ) as file:
@@ -115,17 +155,25 @@ class _DigestCache:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError):
+        with open(path) as file:
+            if not _ours(os.fstat(file.fileno())):
+                return {}
+            loaded = json.load(file)
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(loaded, dict):
         return {}
-    return {k: v for k, v in loaded.items() if isinstance(v, str) and len(v) == 64}
+    return {k: v for k, v in loaded.items() if isinstance(v, str) and _DIGEST.fullmatch(v)}
+
+
+def _ours(entry: os.stat_result) -> bool:
+    """Whether nobody but this user can have written the file."""
+    return entry.st_uid == os.geteuid() and not entry.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _identity(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    entry = path.stat()
+    return f"{entry.st_dev}:{entry.st_ino}:{entry.st_size}:{entry.st_mtime_ns}:{entry.st_ctime_ns}"
 
 
 def _digest_file(path: Path) -> bytes:
@@ -136,38 +184,6 @@ def _digest_file(path: Path) -> bytes:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.digest()
-
-
-def config_attributes(config: Mapping[str, Any]) -> dict[str, str]:
-    """Attributes of a namespace that follow from the model's configuration.
-
-    The fields that people ask about first stand readable; the rest is one digest. Fields that do
-    not change the KV are left out.
-    """
-    rest = {k: v for k, v in config.items() if k not in _IGNORED}
-    attributes = {}
-    for name, keys in {
-        "rope": ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
-        "window": ("sliding_window", "use_sliding_window", "layer_types", "attention_chunk_size"),
-        "quantization": ("quantization_config",),
-    }.items():
-        found = {key: rest.pop(key, None) for key in keys}
-        attributes[name] = _readable({k: v for k, v in found.items() if v is not None})
-    attributes["config"] = _digest_text(_canonical(rest))
-    return attributes
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-
-
-def _readable(value: Any) -> str:
-    text = _canonical(value)
-    return text if len(text.encode()) <= ATTRIBUTE_BYTES_MAX else _digest_text(text)
-
-
-def _digest_text(text: str) -> str:
-    return "sha256:" + sha256(text.encode()).hexdigest()[:32]
 
 
 def join(parts: Sequence[bytes]) -> bytes:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.attributes import attributes_of, require_numbers
 from kvserver_vllm.errors import UnsupportedError
-from kvserver_vllm.fingerprint import config_attributes, fingerprint, join
+from kvserver_vllm.fingerprint import changed_since, checkpoint_files, fingerprint, join
 from kvserver_vllm.layout import CPU_ENCODING, TOKEN_ENCODING, HostPages, LayerTensor, PageFormat
 from kvserver_vllm.messages import RankInfo
 
@@ -55,24 +56,31 @@ def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
         raise UnsupportedError(
             f"speculative method {speculative.method!r} keeps KV of its own; ngram is supported"
         )
-    if getattr(config.cache_config, "calculate_kv_scales", False):
-        raise UnsupportedError("calculate_kv_scales: KV scales that depend on the traffic")
-    weights_path(config)
+    require_numbers(config)
+    checkpoint_files(weights_path(config))
 
 
 def weights_path(config: Any) -> Path:
     """Where the weights lie on this machine. UnsupportedError when they do not."""
-    model, load_format = config.model_config, str(config.load_config.load_format)
-    if load_format == "dummy":
-        raise UnsupportedError("load_format 'dummy': random weights have no content to fingerprint")
-    if os.path.exists(model.model):
-        return Path(model.model)
+    model = config.model_config
+    place = model.model_weights or model.model
+    if os.path.exists(place):
+        return Path(place)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+        # The commit that was loaded: a branch may have moved on since.
+        commit = getattr(model.hf_config, "_commit_hash", None) or model.revision
+        return Path(snapshot_download(place, revision=commit, local_files_only=True))
     except Exception as error:
-        raise UnsupportedError(f"no local copy of the weights of {model.model!r}") from error
+        raise UnsupportedError(f"no local copy of the weights of {place!r}") from error
+
+
+def changed_weights(config: Any, when: float) -> Path | None:
+    """What changed of a local checkpoint since `when`. A commit of a repository never changes."""
+    model = config.model_config
+    place = model.model_weights or model.model
+    return changed_since(Path(place), when) if os.path.exists(place) else None
 
 
 def layer_names(kv_cache_config: Any) -> list[str]:
@@ -111,6 +119,26 @@ def _cpu_encoding(isas: set[str]) -> str:
         raise UnsupportedError(f"CPU attention differs between layers: {sorted(isas)}")
     (isa,) = isas
     return CPU_ENCODING if isa in _TRANSPOSED_ISAS else f"cpu-attn-{isa}/1"
+
+
+def kv_dtype_of(config: Any, names: Sequence[str], tensor: Any) -> str:
+    """The dtype of the KV in `tensor`. Quantised KV is bytes to torch, so its format is named."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase, list(names))
+    formats = {str(getattr(layer, "kv_cache_dtype", "auto")) for layer in layers.values()}
+    return kv_dtype(str(tensor.dtype).removeprefix("torch."), formats)
+
+
+def kv_dtype(stored: str, formats: set[str]) -> str:
+    """A namespace's kv_dtype: what torch says is stored, or the format that the bytes are in."""
+    quantised = {"fp8_e4m3" if name == "fp8" else name for name in formats if "fp8" in name}
+    if not quantised:
+        return stored
+    if len(quantised) > 1 or len(formats) > 1:
+        raise UnsupportedError(f"KV formats differ between layers: {sorted(formats)}")
+    return quantised.pop()
 
 
 def rank_info(
@@ -180,17 +208,12 @@ def build_spec(
     for other in ranks.values():
         if (other.encoding, other.page_bytes) != (info.encoding, info.page_bytes):
             raise UnsupportedError("ranks encode their KV differently")
-    text = model.hf_text_config
-    settings = text.to_dict()
-    attributes = config_attributes(settings)
-    attributes["dtype"] = str(model.dtype).removeprefix("torch.")
-    attributes["quantization_method"] = str(model.quantization or "none")
-    if "longrope" in str(settings.get("rope_parameters") or settings.get("rope_scaling")):
-        # vLLM chooses between the long and the short factors by the engine's limit.
-        attributes["max_model_len"] = str(model.max_model_len)
+    attributes = attributes_of(config)
     if epoch:
         attributes["epoch"] = epoch
-    architectures = getattr(model.hf_config, "architectures", None) or [text.model_type]
+    architectures = getattr(model.hf_config, "architectures", None) or [
+        model.hf_text_config.model_type
+    ]
     return NamespaceSpec(
         model=str(architectures[0]),
         weights=weights,
@@ -209,21 +232,23 @@ def build_spec(
 class Adapters:
     """Digests of LoRA adapters by content, each worked out once."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path | None = None) -> None:
+        """`cache` is the file that remembers digests (default: the user's)."""
+        self._cache = cache
         self._known: dict[tuple[int, str], bytes] = {}
 
     def digest(self, lora: Any) -> bytes:
         """Digest of a LoRARequest's adapter. One that cannot be read is this engine's own."""
         key = (int(lora.lora_int_id), str(lora.lora_path))
         if lora.load_inplace or key not in self._known:
-            self._known[key] = _adapter_digest(key[1])
+            self._known[key] = _adapter_digest(key[1], self._cache)
         return self._known[key]
 
 
-def _adapter_digest(path: str) -> bytes:
+def _adapter_digest(path: str, cache: Path | None) -> bytes:
     try:
         directory = Path(path)
         settings = sha256((directory / "adapter_config.json").read_bytes()).digest()
-        return join([fingerprint(directory), settings])
+        return join([fingerprint(directory, cache), settings])
     except (OSError, UnsupportedError):
         return os.urandom(32)

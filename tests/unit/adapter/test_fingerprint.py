@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from kvserver_vllm import fingerprint as module
 from kvserver_vllm.errors import UnsupportedError
-from kvserver_vllm.fingerprint import config_attributes, fingerprint
+from kvserver_vllm.fingerprint import changed_since, fingerprint, process_start
 
 
 @pytest.fixture
@@ -50,12 +54,7 @@ def test_one_changed_byte_changes_it(checkpoint: Path, cache: Path, keep_times: 
     assert fingerprint(checkpoint, cache) != before
 
 
-def test_a_file_is_digested_once(
-    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digested: list[str] = []
-    real = module._digest_file
-    monkeypatch.setattr(module, "_digest_file", lambda p: (digested.append(p.name), real(p))[1])
+def test_a_file_is_digested_once(checkpoint: Path, cache: Path, digested: list[str]) -> None:
     first = fingerprint(checkpoint, cache)
     assert fingerprint(checkpoint, cache) == first
     assert sorted(digested) == ["model-1.safetensors", "model-2.safetensors"]
@@ -78,13 +77,107 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
         fingerprint(tmp_path)
 
 
-def test_config_names_what_differs() -> None:
-    base = {"rope_theta": 1e4, "sliding_window": 64, "num_hidden_layers": 4, "architectures": ["A"]}
-    one = config_attributes(base)
-    assert one == config_attributes({**base, "architectures": ["B"], "_name_or_path": "/x"})
-    rope = config_attributes({**base, "rope_theta": 5e5})
-    assert {k for k in one if one[k] != rope[k]} == {"rope"}
-    window = config_attributes({**base, "sliding_window": None})
-    assert {k for k in one if one[k] != window[k]} == {"window"}
-    other = config_attributes({**base, "hidden_act": "gelu"})
-    assert {k for k in one if one[k] != other[k]} == {"config"}
+def test_files_of_every_format_count(checkpoint: Path, cache: Path) -> None:
+    """Another load_format takes the weights from them."""
+    before = fingerprint(checkpoint, cache)
+    (checkpoint / "pytorch_model.bin").write_bytes(b"others")
+    assert fingerprint(checkpoint, cache) != before
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose bytes were read."""
+    names: list[str] = []
+    real = module._digest_file
+
+    def digest(path: Path) -> bytes:
+        names.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(module, "_digest_file", digest)
+    return names
+
+
+def test_a_changed_file_is_digested_anew_and_the_others_are_not(
+    checkpoint: Path, cache: Path, digested: list[str]
+) -> None:
+    fingerprint(checkpoint, cache)
+    digested.clear()
+    (checkpoint / "model-2.safetensors").write_bytes(os.urandom(3000))
+    fingerprint(checkpoint, cache)
+    assert digested == ["model-2.safetensors"]
+
+
+def test_a_cache_that_others_can_write_is_not_read(
+    checkpoint: Path, cache: Path, digested: list[str]
+) -> None:
+    before = fingerprint(checkpoint, cache)
+    known = json.loads(cache.read_text())
+    cache.write_text(json.dumps(dict.fromkeys(known, "0" * 64)))
+    assert fingerprint(checkpoint, cache) != before, "the cache is believed"
+    cache.chmod(0o666)
+    digested.clear()
+    assert fingerprint(checkpoint, cache) == before
+    assert len(digested) == 2
+    assert cache.stat().st_mode & 0o777 == 0o600
+
+
+def test_engines_that_start_together_digest_once_and_lose_no_entry(
+    checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes, one after another by the lock; each model's files are read by one of them."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(os.urandom(4000))
+    code = (
+        "import sys; from pathlib import Path; from kvserver_vllm import fingerprint as m; "
+        "real = m._digest_file; "
+        "m._digest_file = lambda p: (print(p.name), __import__('time').sleep(0.2), real(p))[2]; "
+        "m.fingerprint(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    engines = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(model), str(cache)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for model in (checkpoint, other, checkpoint, other)
+    ]
+    read = sorted(name for engine in engines for name in engine.communicate()[0].split())
+    assert [engine.returncode for engine in engines] == [0, 0, 0, 0]
+    assert read == ["model-1.safetensors", "model-2.safetensors", "model.safetensors"]
+    assert len(json.loads(cache.read_text())) == 3
+
+
+def test_a_lock_that_is_never_given_back_costs_only_time(
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TURN_S", 0.2)
+    with module._turn(cache.with_suffix(".lock")):
+        assert len(fingerprint(checkpoint, cache)) == 32
+
+
+def test_what_changed_after_the_engine_began_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    link = tmp_path / "prod"
+    link.symlink_to(checkpoint)
+    loaded = link.lstat().st_ctime + 0.02
+    time.sleep(0.1)
+    assert changed_since(link, loaded) is None
+    link.unlink()
+    link.symlink_to(checkpoint)
+    assert changed_since(link, loaded) == link
+    assert changed_since(link / ".", loaded) == link
+    assert changed_since(checkpoint, loaded) is None
+    shard = checkpoint / "model-1.safetensors"
+    shard.write_bytes(b"new")
+    assert changed_since(checkpoint, loaded) == shard
+
+
+def test_a_process_knows_when_it_began(tmp_path: Path) -> None:
+    code = "from kvserver_vllm.fingerprint import process_start; print(process_start())"
+    (tmp_path / "before").touch()
+    began = float(subprocess.check_output([sys.executable, "-c", code]))
+    (tmp_path / "after").touch()
+    assert (tmp_path / "before").stat().st_ctime - 1.1 < began
+    assert began < (tmp_path / "after").stat().st_ctime
+    assert process_start() < began
