@@ -175,10 +175,16 @@ class Books:
         return True
 
     def vacate(self, tier: Tier, slot: int) -> None:
-        """A slot belongs to no block any more: free, or quarantined while someone touches it."""
+        """A slot belongs to no block any more: free, or quarantined while someone touches it.
+
+        What is only read on keeps its generation, so that its readers finish, but no restart may
+        find the block again.
+        """
         table = self.slots[tier]
         table.row[slot] = 0
         if table.pins[slot] or (tier == HOST and self.quarantine.holds(slot)):
+            if tier != DEVICE and table.state[slot] == COMMITTED:
+                self.out.append(EntryInvalid(table.place(slot)))
             table.move(slot, SlotAction.HOLD)
             self.counters["quarantines"] += 1
         else:

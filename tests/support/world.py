@@ -173,10 +173,11 @@ class World:
             case ins.Granted():
                 self._granted(instruction)
             case ins.EntryReserved(place, clients):
-                self._stamp(place, same=self._is_reserved(place))
+                self._stamp(place, same=self._is_written(place))
                 self._write(place, Entry(place.slot_bytes, place.generation, clients))
             case ins.EntryInvalid(place):
-                self._stamp(place, same=False)
+                known = self.generations.get((place.tier, place.offset), 0)
+                self._stamp(place, same=place.generation == known)  # what is read on keeps its own
                 self._erase(place.tier, place.offset)
             case ins.CellsCommitted():
                 self._committed(instruction)
@@ -196,8 +197,9 @@ class World:
             case _:
                 raise AssertionError(f"unknown instruction {instruction}")
 
-    def _is_reserved(self, place: ev.Place) -> bool:
-        entry = self.entries.get(place.offset)
+    def _is_written(self, place: ev.Place) -> bool:
+        table = self.entries if place.tier == HOST else self.records
+        entry = table.get(place.offset)
         return entry is not None and entry.generation == place.generation
 
     def _stamp(self, place: ev.Place, *, same: bool) -> None:
