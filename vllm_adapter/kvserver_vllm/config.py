@@ -27,6 +27,10 @@ class Settings:
     """How bytes move: auto, shm (on the hub's host), tcp or nixl."""
     connections: int = 2
     """Connections of the tcp transport, each rank's own."""
+    direct: bool = False
+    """nixl: straight between the engine's pages and the hub, without staging. What a hub that
+    stopped in the middle may still touch then stays out of use until it answers or is replaced: a
+    load that meets such a hub ends only then."""
     tls_ca: str = ""
     """PEM file of the authority that vouches for the hub. With any tls_* key, TLS is used."""
     tls_cert: str = ""
@@ -85,6 +89,8 @@ class Settings:
     def reach(self) -> dict[str, Any]:
         """What `AsyncClient.connect` is told of transport and TLS."""
         reach: dict[str, Any] = {"transport": self.transport, "connections": self.connections}
+        if self.direct:
+            reach["direct"] = True
         if self.tls_ca or self.tls_cert or self.tls_key or self.tls_name:
             reach["tls"] = Tls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
         return reach
@@ -92,7 +98,7 @@ class Settings:
 
 _TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
 _TEXTS = ("address", "tenant", "cache_dir", "event_log", "transport", *_TLS)
-_FLAGS = ("push",)
+_FLAGS = ("push", "direct")
 _LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}
 
 

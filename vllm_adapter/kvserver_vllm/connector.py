@@ -149,6 +149,10 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
         encoding = encoding_of(config, names, LayerTensor.of(tensors[0]))
         pages = HostPages(encoding, tensors)
+        if self._settings.direct:
+            self._link.register(pages.memory)
+            if not pages.format.in_one_piece:
+                logger.warning("kvserver: direct is set, but pages lie in pieces: they are staged")
         stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
         stage %= int(parallel.pipeline_parallel_size)
         dtype = kv_dtype_of(config, names, tensors[0])

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from kvproto.errors import FieldError
 
 Bytes = npt.NDArray[np.uint8]
+Addresses = npt.NDArray[np.uint64]
 
 CPU_ENCODING = "cpu-attn-kt/1"
 TOKEN_ENCODING = "flash-kv/1"
@@ -105,6 +106,17 @@ class PageFormat:
     @property
     def pages_per_block(self) -> int:
         return self.block_tokens // self.page_tokens
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether a page's bytes lie in engine memory as in a cell, without gaps."""
+        first = self.parts[0]
+        return all(
+            (part.rows == 1 or part.row_stride == part.row_bytes)
+            and part.start == first.start + part.offset
+            and (part.page_stride == first.page_stride or self.pages_per_block == 1)
+            for part in self.parts
+        )
 
     def zero_behind(self, cells: Bytes, tokens: int) -> None:
         """Zero what `cells`, [..., pages, page_bytes] of one block, hold behind its `tokens`.
@@ -202,6 +214,10 @@ class Pages(Protocol):
     heads: int
     format: PageFormat
 
+    def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
+        """Where these pages lie, [stop - layer, heads, len(page_ids)]; None unless each of them is
+        one piece."""
+
     def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
         """Copy pages into `out`, [stop - layer, heads, len(page_ids), page_bytes]."""
 
@@ -229,6 +245,23 @@ class HostPages:
         self.format = PageFormat.of(encoding, first)
         memory = [_storage_bytes(tensor) for tensor in tensors]
         self._stretches = _stretches(memory, described, self.format)
+        self._described = described
+        self._bases = [_base(raw) for raw in memory]
+        self.memory = list({_base(raw): raw for raw in memory}.values())  # each storage once
+
+    def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
+        form = self.format
+        if not form.in_one_piece:
+            return None
+        block, page = np.divmod(np.array(page_ids, np.int64), form.pages_per_block)
+        found = np.empty((stop - layer, self.heads, len(page_ids)), np.uint64)
+        for row, (base, one) in enumerate(
+            zip(self._bases[layer:stop], self._described[layer:stop], strict=True)
+        ):
+            start = base + one.address + form.parts[0].start
+            inner = start + block * one.block_stride + page * form.parts[0].page_stride
+            found[row] = inner + (np.arange(self.heads) * one.head_stride)[:, None]
+        return found
 
     def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
         for engine, cells in self._pairs(layer, stop, page_ids, out):

@@ -15,7 +15,15 @@ from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from kvclient import AsyncClient, AsyncNamespace, DeadlineExceeded, KVError, Limits, Unavailable
+from kvclient import (
+    AsyncClient,
+    AsyncNamespace,
+    DeadlineExceeded,
+    KVError,
+    Limits,
+    Pin,
+    Unavailable,
+)
 from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.common import Answer
 from kvserver_vllm.events import EventLog
@@ -25,6 +33,8 @@ logger = logging.getLogger("vllm.kvserver")
 BACKOFF_S = (0.05, 1.0)
 PROBE_S = 1.0
 """Deadline of one probe, and at most the time between two."""
+REGISTER_S = 60.0
+"""Deadline of making memory known: RDMA hardware pins all of it."""
 CALL_S = 5.0
 """Deadline of calls that nobody waits for."""
 STOP_S = 2.0
@@ -52,6 +62,8 @@ class HubLink:
         self._suspect = False
         self._complaint = ""
         self._namespaces: dict[bytes, AsyncNamespace] = {}
+        self._memory: list[Any] = []
+        self._registered = 0  # of `_memory`, with the client
         self._greeting = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -88,6 +100,34 @@ class HubLink:
     @property
     def responsive(self) -> bool:
         return self._client is not None and not self._suspect
+
+    @property
+    def direct(self) -> bool:
+        """Whether registered memory is moved without staging. On the link's thread."""
+        try:
+            known = self._registered == len(self._memory)
+            return known and self._client is not None and self._client.direct
+        except KVError:
+            return False
+
+    def register(self, memory: Sequence[Any]) -> None:
+        """Memory that the hub may be sent to, from the next connection on or soon."""
+        self._memory += memory
+        self.submit(self._register())
+
+    async def _register(self) -> None:
+        while self._client is not None and self._registered < len(self._memory):
+            one = self._memory[self._registered]
+            try:
+                await self._client.register(one, deadline_s=REGISTER_S)
+            except KVError as error:
+                logger.warning("kvserver: pages are staged: %s", error)
+                return
+            self._registered += 1
+
+    def pin(self, blocks: Sequence[Any]) -> Pin:
+        """What a hub may still touch of them."""
+        return self._client.pin(blocks) if self._client is not None else Pin([])
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -230,6 +270,7 @@ class HubLink:
                         deadline_s=CALL_S,
                         **self._reach,
                     )
+                    await self._register()
                     transport = self._client.transport
                     self._log.write("connected", address=self.address, transport=transport)
                     await self._open_greeting()

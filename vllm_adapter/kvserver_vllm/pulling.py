@@ -1,7 +1,8 @@
 """Pulls: hub blocks copied into pages of the engine, on the link's thread.
 
-Rule: every load is reported once, by its deadline, with the blocks that did not arrive; once it
-was reported no copy of it is left.
+Rule: every load is reported once, with the blocks that did not arrive, and once it was reported no
+copy of it is left. That is by its deadline; with `direct` it is when the hub is known to write no
+more (`kvserver_vllm.direct`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from kvclient import Granted, KVError
+import numpy as np
+
+from kvclient import AsyncNamespace, Granted, KVError
 from kvproto.grid import Region
+from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import SKIP
 from kvserver_vllm.messages import LoadJob, StepMeta
 from kvserver_vllm.rank import Rank
 
 logger = logging.getLogger("vllm.kvserver")
+
+DIRECT_BYTES = 256 << 20
+"""Pulled by one call that is not staged: what one failure costs."""
 
 
 class Pulls:
@@ -23,6 +30,7 @@ class Pulls:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self._direct = Direct(rank)
         self._loads: dict[str, asyncio.Task[None]] = {}
 
     def abort(self, request: str) -> None:
@@ -48,27 +56,63 @@ class Pulls:
             logger.exception("kvserver: a load failed; its blocks are recomputed")
         finally:
             self._loads.pop(job.request, None)
-            self._report(job, missing, aborted)
+        if missing:
+            await self._direct.quiet(job.blocks)
+        self._report(job, missing, aborted)
 
     async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
         link = self._rank.link
         deadline_s = max(job.deadline_s, 0.001)
         namespace = await link.namespace(meta.spec, deadline_s)
+        staged = await self._pull_direct(namespace, meta, job, missing)
         step = link.keys_max
-        for start in range(0, len(job.blocks), step):
-            part = job.blocks[start : start + step]
+        for start in range(0, len(staged), step):
+            part = staged[start : start + step]
             stream = namespace.acquire(
-                [block.hash for block in part],
+                [job.blocks[index].hash for index in part],
                 region=self._rank.region(meta),
                 window_bytes=min(self._rank.settings.window_bytes, link.window_bytes_max),
                 deadline_s=deadline_s,
             )
             async with stream:
                 async for granted in stream:
-                    index = start + granted.index
+                    index = part[granted.index]
                     if self._take(job, index, stream.region, granted):
                         missing.discard(index)
                     await granted.release()
+
+    async def _pull_direct(
+        self, namespace: AsyncNamespace, meta: StepMeta, job: LoadJob, missing: set[int]
+    ) -> list[int]:
+        """Pull what goes straight into its pages; the positions of the others."""
+        indices = list(range(len(job.blocks)))
+        if not self._direct.on:
+            return indices
+        rank, region = self._rank, self._rank.region(meta)
+        places = {
+            index: place
+            for index, block in enumerate(job.blocks)
+            if (place := self._direct.place(block, 0, rank.pages.layers)) is not None
+        }
+        step = max(1, DIRECT_BYTES // namespace.grid.region_bytes(region))
+        chosen = list(places)
+        for start in range(0, len(chosen), step):
+            part = chosen[start : start + step]
+            result = await namespace.pull(
+                [job.blocks[index].hash for index in part],
+                [places[index] for index in part],
+                region=region,
+                window_bytes=min(rank.settings.window_bytes, rank.link.window_bytes_max),
+                deadline_s=max(job.deadline_s, 0.001),
+            )
+            for at in np.flatnonzero(result.found).tolist():
+                index, pages = part[at], job.blocks[part[at]].pages
+                missing.discard(index)
+                if rank.log.on:
+                    moved = namespace.grid.region_bytes(region, int(result.tokens[at]))
+                    tier = int(result.tiers[at])
+                    rank.log_cells("pulled", pages, region, job, index, moved, tier)
+        return [index for index in indices if index not in places]
 
     def _take(self, job: LoadJob, index: int, region: Region, granted: Granted) -> bool:
         """Copy one granted block into the engine's pages; whether its bytes are the right ones."""

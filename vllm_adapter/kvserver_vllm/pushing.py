@@ -3,7 +3,8 @@
 Rules:
   1. A push reads pages that the scheduler half pinned, as the forward pass completes their layers.
   2. What a tail's last page holds behind its tokens is zeroed in the copy, before the checksum.
-  3. It lets go of them `pin_ms` after the step at the latest; once it has, no copy is left.
+  3. It lets go of them `pin_ms` after the step at the latest; once it has, no copy is left. With
+     `direct` it ends by then, and lets go when the hub is known to read no more.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import asyncio
 import time
 
 import numpy as np
+import numpy.typing as npt
 
 from kvclient import CommitVerdict, KVError, Reservation
 from kvproto.grid import Region
+from kvserver_vllm.direct import Direct
 from kvserver_vllm.messages import SaveJob, StepMeta
 from kvserver_vllm.rank import Rank
 
@@ -62,6 +65,7 @@ class Pushes:
     def __init__(self, rank: Rank, *, on: bool) -> None:
         """`on` is False on replicas: another rank pushes the same heads."""
         self._rank = rank
+        self._direct = Direct(rank)
         self.on = on
         self._queued = 0
 
@@ -102,11 +106,13 @@ class Pushes:
             )
             async with reservation:
                 blocks = list(reservation.writable)
-                last = await self._push_layers(job, step, reservation, blocks, region)
+                straight = self._straight(job, blocks)
+                staged = [index for index in blocks if index not in straight]
+                last = await self._push_layers(job, step, reservation, staged, straight, region)
                 let_go.set()
                 self._let_go(job)
                 if last is not None:
-                    await self._commit(job, reservation, blocks, last)
+                    await self._commit(job, reservation, staged, last)
                     self._rank.log.write("push_done", job=job.job, blocks=len(blocks))
         except (KVError, TimeoutError) as error:
             self._lose("saves_failed", job, str(error))
@@ -115,9 +121,10 @@ class Pushes:
             self._lose("saves_dropped", job, "its pages were needed")
         finally:
             guard.cancel()
-            if not let_go.is_set():
-                self._let_go(job)
             self._queued -= 1
+            if not let_go.is_set():
+                await self._direct.quiet(job.blocks)
+                self._let_go(job)
 
     async def _expire(self, step: Step, let_go: asyncio.Event, push: asyncio.Task[None]) -> None:
         """End a push that still needs the engine's pages `pin_ms` after the step."""
@@ -127,20 +134,17 @@ class Pushes:
             push.cancel()
 
     async def _push_layers(
-        self,
-        job: SaveJob,
-        step: Step,
-        reservation: Reservation,
-        blocks: list[int],
-        region: Region,
-    ) -> Region | None:
-        """Copy layers as they become ready and commit them, but for the last stretch, which is
-        returned: its commit needs no pages. None when there is nothing to write, or no time."""
+        self, job: SaveJob, step: Step, reservation: Reservation, staged: list[int],
+        straight: list[int], region: Region,
+    ) -> Region | None:  # fmt: skip
+        """Copy layers as they become ready and commit them, but for the last stretch of what is
+        staged, which is returned: its commit needs no pages. None when there is nothing to write,
+        or no time."""
         pages = self._rank.pages
         done, first = 0, region.layer_start
-        while blocks:
+        while staged or straight:
             ready = await step.beyond(done)
-            for index in blocks:
+            for index in staged:
                 if time.monotonic() > step.deadline:
                     self._lose("saves_dropped", job, "its pages were needed")
                     return None
@@ -148,19 +152,42 @@ class Pushes:
                 pages.gather(done, ready, job.blocks[index].pages, cells)
                 pages.format.zero_behind(cells, job.blocks[index].tokens)
             stretch = Region(first + done, first + ready, region.head_start, region.head_stop)
+            await self._push_straight(job, reservation, straight, (done, ready), stretch)
             done = ready
             if done == pages.layers:
                 break
-            await self._commit(job, reservation, blocks, stretch)
+            await self._commit(job, reservation, staged, stretch)
         if self._rank.log.on:
-            for index in blocks:
+            for index in sorted([*staged, *straight]):
                 self._rank.log_cells("pushed", job.blocks[index].pages, region, job, index)
-        return stretch if blocks else None
+        return stretch if staged or straight else None
+
+    def _straight(self, job: SaveJob, blocks: list[int]) -> list[int]:
+        """Which of them go straight from their pages."""
+        if not self._direct.on:
+            return []
+        layers, place = self._rank.pages.layers, self._direct.place
+        return [index for index in blocks if place(job.blocks[index], 0, layers) is not None]
+
+    async def _push_straight(
+        self, job: SaveJob, reservation: Reservation, blocks: list[int], layers: tuple[int, int],
+        region: Region,
+    ) -> None:  # fmt: skip
+        """Move and commit these layers of blocks that are not staged."""
+        places = [self._direct.place(job.blocks[index], *layers) for index in blocks]
+        sources = [place for place in places if place is not None]
+        if sources:
+            verdicts = await reservation.fill(blocks, sources, region=region)
+            self._committed(job, verdicts, region)
 
     async def _commit(
         self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region
     ) -> None:
-        verdicts = await reservation.commit(blocks, region=region)
+        if blocks:
+            verdicts = await reservation.commit(blocks, region=region)
+            self._committed(job, verdicts, region)
+
+    def _committed(self, job: SaveJob, verdicts: npt.NDArray[np.uint8], region: Region) -> None:
         lost = int(np.count_nonzero(verdicts != CommitVerdict.OK))
         if lost:
             self._rank.count("blocks_not_committed")
@@ -169,6 +196,6 @@ class Pushes:
             job=job.job,
             layers=[region.layer_start, region.layer_stop],
             heads=[region.head_start, region.head_stop],
-            blocks=len(blocks) - lost,
+            blocks=len(verdicts) - lost,
             lost=lost,
         )
