@@ -18,6 +18,8 @@ def hub_config(settings: Settings, *, host_bytes: int) -> HubConfig:
         session_ttl=settings.session_ttl_ms / 1000,
         reservation_ttl_max=settings.reservation_ms_max / 1000,
         lease_max=settings.lease_ms_max / 1000,
+        tail_ttl=settings.tail_ttl_ms / 1000,
+        tail_bytes_max=settings.tail_bytes_max,
         announce_ttl_max=settings.announce_ttl_ms_max / 1000,
         wait_max=max(settings.wait_ms_max, 1) / 1000,
         sessions_max=settings.sessions_max,

@@ -165,6 +165,19 @@ class Settings:
         256 << 20, "bytes that one read stream may hold leased", size(1), _LIMITS
     )
     announce_ttl_ms_max: int = option(120_000, "life of an announcement", count(1, MS_MAX), _LIMITS)
+    tail_ttl_ms: int = option(
+        30_000,
+        "a tail, the unfinished last block of a prompt that is handed from engine to engine, leaves"
+        " so long after it was pushed; one that is written durably stays",
+        count(1, MS_MAX),
+        _LIMITS,
+    )
+    tail_bytes_max: int = option(
+        256 << 20,
+        "host memory that tails may take, at most an eighth of the host tier; older ones make way",
+        size(1),
+        _LIMITS,
+    )
     session_ttl_ms: int = option(
         15_000, "a session without a heartbeat for this long ends", count(10, MS_MAX), _LIMITS
     )

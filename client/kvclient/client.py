@@ -383,6 +383,11 @@ class Namespace:
             *(deadline_s, 0.0, "announce"),
         )
 
+    def withdraw(self, hashes: Sequence[bytes], *, deadline_s: float | None = None) -> int:
+        return self._client.run(
+            lambda: self._aio.withdraw(hashes, deadline_s=deadline_s), deadline_s, 0.0, "withdraw"
+        )
+
     def reserve(
         self,
         hashes: Sequence[bytes],

@@ -123,6 +123,19 @@ class AsyncNamespace:
         _, reply = await self._call("Announce", make, self.deadline(deadline_s))
         return int(reply.announced)
 
+    async def withdraw(self, hashes: Sequence[bytes], *, deadline_s: float | None = None) -> int:
+        """These blocks, which this session has announced, are not coming: who waits for them is
+        told at once. How many announcements that ended."""
+        keys = hash_list("hashes", hashes, count_max=self.session.link.limits.keys_per_call_max)
+
+        def make(link: Link, handle: int) -> pb.AnnounceRequest:
+            return pb.AnnounceRequest(
+                session=link.session, namespace=handle, hashes=b"".join(keys), withdraw=True
+            )
+
+        _, reply = await self._call("Announce", make, self.deadline(deadline_s))
+        return int(reply.announced)
+
     # ---- writing -------------------------------------------------------------------------
 
     async def reserve(

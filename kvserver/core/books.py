@@ -41,6 +41,7 @@ COUNTERS = (
     "restored_host", "restored_disk", "restore_dropped", "restore_namespaces_dropped",
     "restore_quarantined", "near_misses",
     "streams", "streams_starved", "blocks_granted", "blocks_missing",
+    "tails_expired", "tails_displaced",
 )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ class Books:
         self.up_bits = bit(DEVICE) | bit(HOST) | bit(DISK)
         self.before_leave: list[Callable[[int], None]] = []
         self.before_corrupt_host: list[Callable[[int], None]] = []
+        self.host_left: list[Callable[[int], None]] = []  # a block has given its host slot up
         self.watchers: dict[int, dict[int, None]] = {}  # row -> streams that wait for it
         self.ready: dict[int, None] = {}  # streams to be looked at again
         self.room = False  # something became free or evictable
@@ -233,6 +235,9 @@ class Books:
             self.namespaces[blocks.namespace[row]].bytes -= slot_bytes
             self.note(row)
         self.vacate(tier, blocks.detach(row, tier))
+        if tier == HOST:
+            for hook in self.host_left:
+                hook(row)
         if parent and not blocks.kids[tier][parent] and blocks.slot[tier][parent]:
             front = blocks.stamp[parent] <= blocks.stamp[row]
             self.offer(tier, blocks.slot[tier][parent], front=front)

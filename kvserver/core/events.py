@@ -155,13 +155,15 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Answer: how many of the blocks are now announced by this call (int)."""
+    """Answer: how many of the blocks are now announced by this call (int); with `withdraw`, how
+    many the session had announced and announces no longer."""
 
     ticket: int
     session: int
     namespace: int
     hashes: list[bytes]
     ttl: float
+    withdraw: bool = False
 
 
 @dataclass(frozen=True, slots=True)

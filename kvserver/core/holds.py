@@ -190,13 +190,29 @@ class Holds:
     def withdraw(self, ident: int) -> None:
         """An announcement ends; blocks that nobody else announced leave."""
         for row in self.announcements[ident].rows:
-            others = self.announced[row]
-            others.discard(ident)
-            self.announced_count -= 1
-            if not others:
-                del self.announced[row]
-                self._books.leave(row, Action.WITHDRAW)
+            self._withdraw_row(ident, row)
         self._forget(ident)
+
+    def take_back(self, session: Session, rows: set[int]) -> int:
+        """The session announces these rows no longer. Returns of how many that was so."""
+        taken: set[int] = set()
+        for ident in list(session.announcements):
+            mine = self.announcements[ident].rows & rows
+            taken |= mine
+            for row in mine:
+                self._withdraw_row(ident, row)
+            self.announcements[ident].rows -= mine
+            if mine and not self.announcements[ident].rows:
+                self._forget(ident)
+        return len(taken)
+
+    def _withdraw_row(self, ident: int, row: int) -> None:
+        others = self.announced[row]
+        others.discard(ident)
+        self.announced_count -= 1
+        if not others:
+            del self.announced[row]
+            self._books.leave(row, Action.WITHDRAW)
 
     def _forget(self, ident: int) -> None:
         announcement = self.announcements.pop(ident)

@@ -10,8 +10,8 @@ must not be used any further.
 
 Who decides what: `writing` reservations and commits; `reading` lookups and leases; `streams`
 Acquire; `spills`, `fetches`, `verifies` the copies between tiers; `space` where a slot comes from;
-`eviction` what leaves; `sessions` who is there; `recovery` what a restart finds; `residences` what
-watchers are told; all share `books`.
+`eviction` what leaves, `tails` how long the ends of prompts stay; `sessions` who is there;
+`recovery` what a restart finds; `residences` what watchers are told; all share `books`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from kvserver.core.space import Space
 from kvserver.core.spills import Spills
 from kvserver.core.stats import HubStats, collect
 from kvserver.core.streams import Streams
+from kvserver.core.tails import Tails
 from kvserver.core.timers import Kind
 from kvserver.core.validate import validate
 from kvserver.core.verifies import Verifies
@@ -61,12 +62,13 @@ class Hub:
         self._verifies = Verifies(books, self._jobs)
         self._verifies.verified = self._spills.recover
         self._fetches = Fetches(books, self._space, self._jobs, self._holds)
-        self._writing = Writing(books, self._holds, self._space, self._spills)
+        self._tails = Tails(books)
+        self._writing = Writing(books, self._holds, self._space, self._spills, self._tails)
         self._streams = Streams(books, self._holds, self._space, self._fetches, self._verifies)
         self._reading = Reading(books, self._holds, self._fetches, self._verifies, self._streams)
         self._sessions = Sessions(books, self._holds, self._writing, self._reading, self._streams)
         self._admin = Admin(books, self._holds, self._sessions, self._spills)
-        self._recovery = Recovery(books, self._sessions)
+        self._recovery = Recovery(books, self._sessions, self._tails)
         self._residences = Residences(books)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.OpenSession: self._open_session,
@@ -111,6 +113,7 @@ class Hub:
             Kind.RESERVE_WAIT: self._writing.give_up_waiting,
             Kind.STREAM_WAIT: self._wake_stream,
             Kind.STREAM_STARVE: self._streams.starved,
+            Kind.TAIL: self._tails.expire,
         }
 
     # ---- the one entry
@@ -167,7 +170,7 @@ class Hub:
         """Check all books against each other. InvariantError says what is wrong. O(blocks)."""
         validate(
             self._books, self._holds, self._jobs, self._spills, self._streams, self._space,
-            self._writing,
+            self._writing, self._tails,
         )  # fmt: skip
 
     def stats(self, now: float) -> HubStats:

@@ -34,6 +34,9 @@ class HubConfig:
     reserve_gather: float = 0.1  # how long a Reserve waits for more after its first grant
     starve_max: float = 30.0  # a stream waits so long for a host slot before the block is missing
     partial_ttl: float = 5.0  # a partial block without a reservation waits so long for other ranks
+    tail_ttl: float = (
+        30.0  # a block of fewer tokens than a full one leaves so long after it is whole
+    )
 
     # counts
     sessions_max: int = 4096
@@ -57,6 +60,7 @@ class HubConfig:
     window_bytes_max: int = 256 * MIB  # also what a window of 0 means
     pin_bytes_max: int = GIB  # bytes one Lookup may pin
     pin_promote_bytes_max: int = 64 * MIB  # bytes one Lookup may have copied from disk
+    tail_bytes_max: int = 256 * MIB  # host slots of such blocks; at most an eighth of the host tier
     spill_lag_bytes_max: int = GIB  # queued and running; at most a quarter of the host tier
     spill_copies_max: int = 4
     promotions_max: int = 32  # copies into the host tier in flight
@@ -74,6 +78,11 @@ class HubConfig:
                 raise ValueError(f"{name} is {value}, must be at least {floor}")
             if isinstance(value, float) and not value > 0:
                 raise ValueError(f"{name} is {value}, must be above 0")
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes that tails may take on the host."""
+        return min(self.tail_bytes_max, self.host_bytes // 8)
 
     @property
     def lag_bytes_max(self) -> int:

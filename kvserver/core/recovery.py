@@ -32,6 +32,7 @@ from kvserver.core.quarantine import RESTORED
 from kvserver.core.sessions import Sessions
 from kvserver.core.slabs import SLOT_UNIT
 from kvserver.core.slots import SlotAction, SlotTable
+from kvserver.core.tails import Tails
 
 
 @dataclass(slots=True)
@@ -51,8 +52,9 @@ class _Found:
 
 
 class Recovery:
-    def __init__(self, books: Books, sessions: Sessions) -> None:
+    def __init__(self, books: Books, sessions: Sessions, tails: Tails) -> None:
         self._books = books
+        self._tails = tails
         self._sessions = sessions
         self._blocks: dict[Tier, list[RestoredBlock]] = {tier: [] for tier in Tier}
         self._fenced: list[RestoreQuarantined] = []
@@ -203,6 +205,8 @@ class Recovery:
         books.namespaces[handle].bytes += block.slot_bytes
         if tier == HOST:
             blocks.suspect[row] |= bit(HOST)
+            self._tails.begin(row)
+            self._tails.complete(row)
 
     def _drop(self, table: SlotTable, kept: list[_Found], dropped: list[_Found]) -> None:
         taken = {item.offset for item in kept}

@@ -10,6 +10,7 @@ from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import HASH_BYTES, ROOT
 from kvserver.core.blocks import ABSENT, ANNOUNCED
 from kvserver.core.books import Books, Namespace
+from kvserver.core.checks import invalid
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Announce, OpenNamespace
 from kvserver.core.holds import Holds, Session
@@ -18,7 +19,7 @@ from kvserver.core.reading import Reading
 from kvserver.core.slabs import slot_bytes_max
 from kvserver.core.streams import Streams
 from kvserver.core.timers import Kind
-from kvserver.core.writing import Writing, invalid
+from kvserver.core.writing import Writing
 
 
 class Sessions:
@@ -173,9 +174,13 @@ class Sessions:
     # ---- announcements
 
     def announce(self, event: Announce, namespace: Namespace) -> int:
-        """How many blocks this call announces: those that are not here, nor being written."""
+        """How many blocks this call announces: those that are not here, nor being written. Or how
+        many it withdraws."""
         books, blocks = self._books, self._books.blocks
         session = self._holds.session(event.session)
+        if event.withdraw:
+            found = (blocks.find(namespace.handle, key) for key in event.hashes)
+            return self._holds.take_back(session, {row for row in found if row})
         rows: dict[int, None] = {}
         books.limit("announcements_max", self._holds.announced_count + len(event.hashes) - 1)
         for key in event.hashes:

@@ -12,6 +12,8 @@ from enum import IntEnum
 from heapq import heapify, heappop, heappush
 
 _SLACK = 64
+_BITS = 4  # of a key, for its kind
+_KINDS = (1 << _BITS) - 1
 
 
 class Kind(IntEnum):
@@ -25,6 +27,7 @@ class Kind(IntEnum):
     RESERVE_WAIT = 5  # id: the ticket
     STREAM_WAIT = 6  # id: the ticket
     STREAM_STARVE = 7  # id: the ticket
+    TAIL = 8  # id: the row of a complete tail
 
 
 class Timers:
@@ -34,7 +37,7 @@ class Timers:
 
     def set(self, kind: Kind, ident: int, deadline: float) -> None:
         """Set or replace the deadline of (kind, ident)."""
-        key = ident << 3 | kind
+        key = ident << _BITS | kind
         self._deadline[key] = deadline
         heappush(self._heap, (deadline, key))
         if len(self._heap) > 2 * len(self._deadline) + _SLACK:
@@ -42,10 +45,10 @@ class Timers:
             heapify(self._heap)
 
     def get(self, kind: Kind, ident: int) -> float | None:
-        return self._deadline.get(ident << 3 | kind)
+        return self._deadline.get(ident << _BITS | kind)
 
     def cancel(self, kind: Kind, ident: int) -> None:
-        self._deadline.pop(ident << 3 | kind, None)
+        self._deadline.pop(ident << _BITS | kind, None)
 
     def pop_due(self, now: float) -> tuple[Kind, int] | None:
         """Take out the earliest key whose deadline is not after `now`; None when there is none."""
@@ -54,7 +57,7 @@ class Timers:
             at, key = heappop(heap)
             if self._deadline.get(key) == at:
                 del self._deadline[key]
-                return Kind(key & 7), key >> 3
+                return Kind(key & _KINDS), key >> _BITS
         return None
 
     def next(self) -> float | None:
@@ -66,4 +69,4 @@ class Timers:
 
     def count(self, kind: Kind) -> int:
         """How many deadlines of a kind there are. Walks all of them: for validation only."""
-        return sum(key & 7 == kind for key in self._deadline)
+        return sum(key & _KINDS == kind for key in self._deadline)

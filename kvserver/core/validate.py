@@ -17,6 +17,7 @@ from kvserver.core.slots import SlotState, SlotTable
 from kvserver.core.space import Space
 from kvserver.core.spills import Spill, Spills
 from kvserver.core.streams import Streams
+from kvserver.core.tails import Tails
 from kvserver.core.writing import Writing
 
 
@@ -28,6 +29,7 @@ def validate(
     streams: Streams,
     space: Space,
     writing: Writing,
+    tails: Tails,
 ) -> None:
     """InvariantError with everything that is wrong."""
     wrong: list[str] = []
@@ -35,6 +37,7 @@ def validate(
         _extents(books.slots[tier], wrong)
         _slots(books, tier, wrong)
         wrong += books.policy[tier].check()
+    wrong += tails.check()
     _rows(books, wrong)
     _kids(books, wrong)
     _namespaces(books, wrong)

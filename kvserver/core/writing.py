@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvproto.prefix import HASH_BYTES, ROOT
 from kvserver.core.blocks import COMPLETE, Action, Filling
 from kvserver.core.books import HOST, Books, Namespace
+from kvserver.core.checks import check_reserve, invalid
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Commit, CommitVerdict, Place, Reserve, ReserveVerdict
 from kvserver.core.holds import Holds, Reservation, Written
@@ -29,6 +29,7 @@ from kvserver.core.instructions import (
 from kvserver.core.slots import SlotAction
 from kvserver.core.space import Retry, Space
 from kvserver.core.spills import Spills
+from kvserver.core.tails import Tails
 from kvserver.core.timers import Kind
 
 _LAG = -1  # what a Reserve waits for, instead of a size class: room in the spill lag
@@ -62,8 +63,11 @@ class PendingReserve:
 
 
 class Writing:
-    def __init__(self, books: Books, holds: Holds, space: Space, spills: Spills) -> None:
+    def __init__(
+        self, books: Books, holds: Holds, space: Space, spills: Spills, tails: Tails
+    ) -> None:
         self._books = books
+        self._tails = tails
         self._holds = holds
         self._space = space
         self._spills = spills
@@ -78,7 +82,7 @@ class Writing:
         session = self._holds.session(event.session)
         self._holds.client(session, event.client)
         namespace.grid.check(event.region)
-        self._check_keys(event, namespace)
+        check_reserve(event, namespace, books.blocks)
         books.limit("reservations_max", len(self._holds.reservations))
         books.limit("reserve_waits_max", len(self.pending))
         if event.durable and not self._spills.possible:
@@ -101,27 +105,6 @@ class Writing:
         self.pending[event.ticket] = pending
         session.requests.add(event.ticket)
         self.advance(pending)
-
-    def _check_keys(self, event: Reserve, namespace: Namespace) -> None:
-        count, full = len(event.hashes), namespace.grid.block_tokens
-        blocks = self._books.blocks
-        if len(event.parents) != count:
-            raise invalid("parents", f"{len(event.parents)} parents for {count} hashes", count)
-        if event.tokens and len(event.tokens) != count:
-            raise invalid("tokens", f"{len(event.tokens)} token counts for {count} hashes", count)
-        index = blocks.index[namespace.handle]
-        for at, key in enumerate(event.hashes):
-            parent = event.parents[at]
-            if len(key) != HASH_BYTES or key == ROOT:
-                raise invalid("hashes", "a hash is no digest of 32 bytes", HASH_BYTES)
-            if len(parent) != HASH_BYTES or parent == key:
-                raise invalid("parents", "a parent is no digest of another block", HASH_BYTES)
-            tokens = event.tokens[at] if event.tokens else full
-            if not 1 <= tokens <= full:
-                raise invalid("tokens", f"a block of {tokens} tokens", full)
-            row = index.get(key, 0)
-            if row and blocks.tokens[row] not in (0, tokens):
-                raise invalid("tokens", "the block holds another number", blocks.tokens[row])
 
     def advance(self, pending: PendingReserve) -> None:
         """Go on with a Reserve as far as there is space; answer it when it has come to its end."""
@@ -169,7 +152,7 @@ class Writing:
         if event.durable and not self._spills.has_room(slot_bytes):
             pending.wants = _LAG
             return None
-        slot = self._take_slot(pending, slot_bytes)
+        slot = self._take_slot(pending, slot_bytes, tokens)
         if not slot:
             pending.wants = slot_bytes
             return None
@@ -178,8 +161,11 @@ class Writing:
         self._fill(pending, slot, tokens)
         return WRITE
 
-    def _take_slot(self, pending: PendingReserve, slot_bytes: int) -> int:
+    def _take_slot(self, pending: PendingReserve, slot_bytes: int, tokens: int) -> int:
         if not pending.slots_left:
+            return 0
+        tail = tokens < pending.namespace.grid.block_tokens and not pending.event.durable
+        if tail and not self._tails.make_room(slot_bytes):
             return 0
         if pending.slots_left == _UNLIMITED and self._space.crowded(slot_bytes):
             return 0
@@ -211,6 +197,7 @@ class Writing:
                 pending.wants = _LAG
                 return None
             filling.durable = True
+            self._tails.forget(filling.row)
         self._add_part(pending, filling)
         return WRITE
 
@@ -227,6 +214,8 @@ class Writing:
         books.attach(row, HOST, slot)
         filling = blocks.fillings[row] = Filling(row, slot)
         filling.durable = pending.event.durable
+        if not filling.durable:
+            self._tails.begin(row)
         self._add_part(pending, filling)
 
     def _add_part(self, pending: PendingReserve, filling: Filling) -> None:
@@ -425,7 +414,8 @@ class Writing:
         namespace.blocks += 1
         books.counters["completed"] += 1
         books.wake(row)
-        self._spills.add(row, durable=filling.durable)
+        if not self._tails.complete(row):
+            self._spills.add(row, durable=filling.durable)
         books.settle(row, HOST)
 
     # ---- ends
@@ -490,7 +480,3 @@ class Writing:
             books.quarantine.hold(filling.slot, reservation, client)
         if filling.durable:
             self._spills.break_promise(books.host.bytes_of(filling.slot))
-
-
-def invalid(name: str, message: str, limit: int | str) -> CoreError:
-    return CoreError(ErrorKind.INVALID, f"{name}: {message}", field=name, limit=limit)

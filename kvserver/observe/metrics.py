@@ -40,6 +40,8 @@ COUNTERS = {
     "spills": ("kvserver_spills", "Blocks written to disk."),
     "spill_skipped": ("kvserver_spill_skipped", "Blocks that lost their disk copy to the lag."),
     "promotions": ("kvserver_promotions", "Blocks copied from disk to memory."),
+    "tails_expired": ("kvserver_tails_expired", "Tails that left when their time was over."),
+    "tails_displaced": ("kvserver_tails_displaced", "Tails that made way for newer ones."),
 }
 # Field of a tier's Stats: the metric, and what it is.
 _TIER_GAUGES = {

@@ -162,6 +162,7 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
             request.namespace,
             self._hashes("hashes", request.hashes),
             ttl=self._seconds("announce_ttl_ms_max", request.ttl_ms, zero_is_max=True),
+            withdraw=request.withdraw,
         )
         return pb.AnnounceReply(announced=await self._driver.ask(event, int))
 

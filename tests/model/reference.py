@@ -147,6 +147,13 @@ class Reference:
                 if other == name:
                     reservation.gone.add(at)
 
+    def withdraw(self, session: int, names: list[Name]) -> None:
+        for name in names:
+            left = [caller for caller in self.announced.get(name, []) if caller[0] != session]
+            self.announced.pop(name, None)
+            if left:
+                self.announced[name] = left
+
     def drop_namespace(self, handle: int) -> None:
         for name in [name for name in self.filling if name[0] == handle]:
             self.leave(name)

@@ -22,6 +22,7 @@ REGIONS = [
     Region(0, 2, 0, 2), Region(0, 1, 0, 2), Region(1, 2, 0, 2), Region(0, 2, 0, 1),
     Region(0, 2, 1, 2), Region(0, 1, 0, 1),
 ]  # fmt: skip
+TAILS = {keys[-1]: 20 for keys in CHAINS}  # tokens of the blocks that hold fewer than 64
 SESSION_TTL = 25.0
 SPECS = [make_spec("small"), make_spec("large", slot_units=3)]
 WRITE = ev.ReserveVerdict.WRITE
@@ -74,18 +75,19 @@ class WriterMachine(RuleBasedStateMachine):
         host=st.sampled_from([24, 32, 48]),
         disk=st.sampled_from([0, 32, 96]),
         device=st.sampled_from([0, 16]),
+        tails=st.sampled_from([2, 4]),
         warm=st.lists(st.tuples(pick, spans), max_size=8),
         watched=st.booleans(),
     )
     def start(
-        self, host: int, disk: int, device: int, warm: list[tuple[int, tuple[int, int, int]]],
-        watched: bool,
+        self, host: int, disk: int, device: int, tails: int,
+        warm: list[tuple[int, tuple[int, int, int]]], watched: bool,
     ) -> None:  # fmt: skip
         self.config = HubConfig(
             host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
             session_ttl=SESSION_TTL, starve_max=20.0, promotions_max=3, spill_copies_max=2,
             upload_heat=2, verifies_max=2, writers_per_block_max=3, eviction_scan_max=3,
-            moved_max=8,
+            moved_max=8, tail_bytes_max=tails * UNIT, tail_ttl=9.0,
         )  # fmt: skip
         self.world = World(self.config)
         self.reset_clients()
@@ -227,6 +229,17 @@ class WriterMachine(RuleBasedStateMachine):
             ev.Announce, session=session, namespace=handle, hashes=keys, ttl=ttl
         )  # fmt: skip
 
+    @op(2, at=pick, ns=pick, span=spans)
+    def withdraw(self, at: int, ns: int, span: tuple[int, int, int]) -> None:
+        session = self.choose(self.model.sessions, at)
+        if session is None:
+            return
+        handle, keys = self.choose(self.handles, ns), self.keys_of(span)
+        self.model.withdraw(session, self.names(handle, keys))
+        self.ask(
+            ev.Announce, session=session, namespace=handle, hashes=keys, ttl=1.0, withdraw=True
+        )
+
     @op(6,
         at=pick, ns=pick, span=spans, region=regions, ttl=st.floats(1, 20),
         wait=st.sampled_from([0.0, 0.0, 0.0, 4.0]), durable=st.sampled_from([False, False, True]),
@@ -244,7 +257,8 @@ class WriterMachine(RuleBasedStateMachine):
         event = ev.Reserve(
             ticket=self.world.ticket, session=chosen[0], client=chosen[1], namespace=handle,
             hashes=keys, parents=parents_of(CHAINS[span[0]])[span[1] : span[1] + span[2]],
-            tokens=[], region=region, ttl=ttl, wait=wait, durable=durable,
+            tokens=[TAILS.get(key, 64) for key in keys],
+            region=region, ttl=ttl, wait=wait, durable=durable,
         )  # fmt: skip
         self.world.send(event)
         answer = self.world.answers.get(event.ticket)

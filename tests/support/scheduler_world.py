@@ -38,6 +38,7 @@ class FakeHub:
         self.responsive = True
         self.lookups: list[tuple[list[bytes], float, asyncio.Future[Answer | None]]] = []
         self.announced: list[list[bytes]] = []
+        self.withdrawn: list[list[bytes]] = []
 
     def close(self) -> None:
         tasks = asyncio.all_tasks(self.loop)
@@ -58,6 +59,9 @@ class FakeHub:
 
     async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None:
         self.announced.append(list(hashes))
+
+    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+        self.withdrawn.append(list(hashes))
 
     def turn(self) -> None:
         for _ in range(3):

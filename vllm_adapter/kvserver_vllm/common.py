@@ -42,6 +42,9 @@ class Hub(Protocol):
 
     async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None: ...
 
+    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+        """What was announced is not coming: whoever waits for it is told."""
+
 
 class Tracked:
     """What this half knows of one request. The hub's thread writes `reply` only."""
@@ -65,6 +68,7 @@ class Tracked:
         self.progress_at = 0.0
         self.matched_from = 0
         self.announced: list[bytes] | None = None
+        self.announced_at = 0.0
         self.saved = 0
         self.tail = False  # the answer's last block is the prompt's tail
         self.tail_saved = False

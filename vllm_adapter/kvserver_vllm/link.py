@@ -226,6 +226,14 @@ class HubLink:
         except (KVError, TimeoutError) as error:
             self.doubt(error)
 
+    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+        try:
+            async with asyncio.timeout(CALL_S):
+                namespace = await self.namespace(spec)
+                await namespace.withdraw(list(hashes[: self.keys_max]))
+        except (KVError, TimeoutError) as error:
+            self.doubt(error)
+
     def doubt(self, error: BaseException) -> None:
         """A call failed. Unless the hub itself said why, nobody waits for it until it has
         answered a probe."""

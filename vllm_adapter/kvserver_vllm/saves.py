@@ -3,8 +3,9 @@
 Rules:
   1. A block is saved once, by the step that computes its last token; a prompt's tail only when
      the prompt is handed off.
-  2. Pages under a push are pinned in the block pool until every rank has let go of them.
-  3. Pushes of requests that are over may pin a bounded share of the pool.
+  2. What was announced is written or withdrawn; a long prompt's announcement is renewed.
+  3. Pages under a push are pinned in the block pool until every rank has let go of them.
+  4. Pushes of requests that are over may pin a bounded share of the pool.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvserver_vllm.messages import BlockPages, SaveJob
 from kvserver_vllm.pins import PinLedger
 
 ANNOUNCE_S = 10.0
+"""Life of an announcement; renewed in half of it while its request computes."""
 JOB_BLOCKS_MAX = 1024
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
@@ -60,15 +62,35 @@ class Saves:
         if coming:
             tracked.announced = coming
             self._own.update(coming)
-            common.hub.submit(common.hub.announce(common.spec, coming, ANNOUNCE_S))
+            self._tell(tracked)
+
+    def _tell(self, tracked: Tracked) -> None:
+        common = self._common
+        assert tracked.announced
+        tracked.announced_at = common.clock()
+        common.hub.submit(common.hub.announce(common.spec, tracked.announced, ANNOUNCE_S))
+
+    def _ordered(self, tracked: Tracked, blocks: Sequence[BlockPages], now: float) -> None:
+        """These blocks are on their way to the hub; the rest is announced again in time."""
+        if not tracked.announced:
+            return
+        keys = {block.hash for block in blocks}
+        tracked.announced = [key for key in tracked.announced if key not in keys]
+        self._own -= keys
+        if tracked.announced and now - tracked.announced_at > ANNOUNCE_S / 2:
+            self._tell(tracked)
 
     def forget(self) -> None:
         """The namespace is left: nothing of it is to come from here."""
         self._own.clear()
 
     def finished(self, request: str, tracked: Tracked) -> None:
-        """A request is over, for whatever reason."""
-        self._own.difference_update(tracked.announced or ())
+        """A request is over, for whatever reason: what it has not computed is not coming."""
+        common, left = self._common, tracked.announced
+        if left:
+            self._own.difference_update(left)
+            if common.spec:
+                common.hub.submit(common.hub.withdraw(common.spec, left))
         self._pins.orphan(request)
 
     def orders(self, output: Any, requests: dict[str, Tracked]) -> list[SaveJob]:
@@ -89,6 +111,7 @@ class Saves:
     ) -> list[tuple[BlockPages, list[int]]]:
         """Blocks that are complete after this step, each with the engine blocks to pin."""
         found: list[tuple[BlockPages, list[int]]] = []
+        now = self._common.clock()
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
@@ -107,7 +130,9 @@ class Saves:
             tables = state.get_block_ids(request_id) if state is not None else None
             if tables is None:
                 continue
-            for block in self._completed(tracked, full, tail, tables[0]):
+            completed = self._completed(tracked, full, tail, tables[0])
+            self._ordered(tracked, completed, now)
+            for block in completed:
                 if SKIP in block.pages or block.hash in taken or self._pins.saving(block.hash):
                     continue
                 taken.add(block.hash)

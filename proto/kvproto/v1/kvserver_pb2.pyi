@@ -301,16 +301,18 @@ class LookupReply(_message.Message):
     def __init__(self, usable_blocks: _Optional[int] = ..., live_blocks: _Optional[int] = ..., states: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., lease: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class AnnounceRequest(_message.Message):
-    __slots__ = ("session", "namespace", "hashes", "ttl_ms")
+    __slots__ = ("session", "namespace", "hashes", "ttl_ms", "withdraw")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     session: int
     namespace: int
     hashes: bytes
     ttl_ms: int
-    def __init__(self, session: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    withdraw: bool
+    def __init__(self, session: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., withdraw: bool = ...) -> None: ...
 
 class AnnounceReply(_message.Message):
     __slots__ = ("announced",)

@@ -101,6 +101,42 @@ def test_an_aborted_prefill_leg_and_other_requests_return_no_params(world: World
     assert consumer.half.finished(consumer.new(prefill("p", 300)), whole=True) is None
 
 
+def test_an_abort_withdraws_what_was_not_computed(world: World) -> None:
+    request = world.new(prefill("p", 300), usable=0)
+    world.match(request)
+    world.alloc(request)
+    world.step(p=150)
+    world.half.finished(request, whole=False)
+    world.hub.turn()
+    assert world.hub.withdrawn == [request.hashes(tail=True)[1:]]
+    again = world.new(prefill("q", 300))
+    world.hub.answer(1, live=3)
+    assert world.match(again) == (None, False), "what others announced is waited for again"
+
+
+def test_a_request_that_computed_everything_withdraws_nothing(world: World) -> None:
+    request = world.new(prefill("p", 300), usable=0)
+    world.match(request)
+    world.alloc(request)
+    world.step(p=300)
+    world.half.finished(request, whole=True)
+    world.hub.turn()
+    assert world.hub.withdrawn == []
+
+
+def test_the_announcement_of_a_long_prompt_is_renewed(world: World) -> None:
+    request = world.new(prefill("p", 10 * BLOCK), usable=0)
+    world.match(request)
+    world.alloc(request)
+    for done in range(0, 10 * BLOCK, BLOCK):
+        request.num_computed_tokens = done
+        world.step(p=BLOCK)
+        world.hub.turn()
+        world.now += 2.0
+    said = [len(hashes) for hashes in world.hub.announced]
+    assert said == [10, 6, 3]
+
+
 # ---- the decode leg --------------------------------------------------------------------------
 
 
