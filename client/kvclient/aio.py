@@ -167,6 +167,12 @@ class AsyncClient:
         return self.session.link.transfer.transport
 
     @property
+    def staging_bytes(self) -> int:
+        """Memory that bytes are on their way through now; only nixl has some."""
+        link = self.session.current
+        return link.transfer.staging_bytes if link is not None else 0
+
+    @property
     def healthy(self) -> bool:
         """Connected, and the last heartbeat was answered."""
         return self.session.healthy

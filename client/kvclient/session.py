@@ -160,6 +160,11 @@ class Session:
         return self._link is not None and self._link.lost is None and self._beating
 
     @property
+    def current(self) -> Link | None:
+        """The live Link, None when there is none."""
+        return self._link if self._link is not None and self._link.lost is None else None
+
+    @property
     def link(self) -> Link:
         """The live Link. Unavailable with the reason when there is none."""
         if self._link is None or self._link.lost is not None:

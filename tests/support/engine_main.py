@@ -153,6 +153,15 @@ class Driver:
             self._step()
         return {"done": True}
 
+    def _metrics(self, command: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's own registry: a counter's or gauge's value, a histogram's count."""
+        values = {}
+        for metric in self._engine.get_metrics():
+            labels = {k: v for k, v in metric.labels.items() if k not in ("engine", "model_name")}
+            name = ".".join([metric.name, *labels.values()])
+            values[name] = metric.value if hasattr(metric, "value") else metric.count
+        return {"values": values}
+
     def _step(self) -> list[Any]:
         """One step; like a server's loop, a step without results yields to other threads."""
         outputs: list[Any] = self._engine.step()

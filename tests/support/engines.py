@@ -230,6 +230,11 @@ class Engine:
         """Keep stepping an engine that has no requests, as a server does."""
         self._wait(self._send("idle", seconds=seconds), seconds + CALL_S)
 
+    def metrics(self) -> dict[str, float]:
+        """What vLLM's Prometheus registry shows of this engine, by name and further labels."""
+        values: dict[str, float] = self._wait(self._send("metrics"), CALL_S)["values"]
+        return values
+
     @property
     def pid(self) -> int:
         return self._process.pid

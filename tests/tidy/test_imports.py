@@ -43,7 +43,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "google": frozenset({"kvclient", "kvserver.service", "kvserver.cli", "kvserver.tables"}),
     "grpc_health": frozenset({"kvclient", "kvserver.service", "kvserver.server", "kvserver.cli"}),
     "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
-    "prometheus_client": frozenset({"kvserver.observe"}),
+    "prometheus_client": frozenset({"kvserver.observe", "kvserver_vllm.figures"}),
     "rocksdict": frozenset({"kvserver.journal"}),
     "aiohttp": frozenset({"kvserver.router"}),
     "multidict": frozenset({"kvserver.router"}),

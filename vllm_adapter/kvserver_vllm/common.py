@@ -111,8 +111,8 @@ class Common:
         """Tokens of a hub block."""
         return self.settings.block_tokens
 
-    def count(self, name: str) -> None:
-        self.counters[name] = self.counters.get(name, 0) + 1
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
 
     def covered(self, tracked: Tracked, blocks: int) -> int:
         """Tokens that so many blocks of an answer hold: the last one may be the prompt's tail."""

@@ -31,6 +31,7 @@ from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.figures import Figures, PromFigures
 from kvserver_vllm.fingerprint import cache_path, fingerprint, process_start
 from kvserver_vllm.identity import (
     Adapters,
@@ -132,6 +133,24 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         return LAYOUT
+
+    def get_kv_connector_stats(self) -> Figures | None:
+        half = self._scheduler or self._worker
+        return half.figures.take() if half is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Figures:
+        return Figures(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromFigures:
+        return PromFigures(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if not self._closed:

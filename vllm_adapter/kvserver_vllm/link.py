@@ -130,6 +130,11 @@ class HubLink:
         return self._client.pin(blocks) if self._client is not None else Pin([])
 
     @property
+    def staging_bytes(self) -> int:
+        """Staging memory of the transport in use now."""
+        return self._client.staging_bytes if self._client is not None else 0
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
 

@@ -17,6 +17,8 @@ from kvserver_vllm.messages import LoadJob
 
 FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
+TIERS = {1: "device", 2: "host", 3: "disk"}
+"""As the hub numbers them."""
 LOADING_SHARE = 2
 """Of the pool's blocks, 1/2 may wait for loads; the next load waits its turn."""
 
@@ -89,6 +91,9 @@ class Loads:
         self._loading.update(block.hash for block in blocks)
         self._outgoing.append(job)
         common.count("loads")
+        for tier, known in self.tiers_of(tracked, tokens).items():
+            if tier in TIERS:
+                common.count(f"hit_tokens.{TIERS[tier]}", known)
 
     def take_orders(self) -> tuple[list[LoadJob], list[str]]:
         """Loads and aborts that the ranks have not heard of."""

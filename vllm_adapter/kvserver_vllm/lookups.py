@@ -73,6 +73,9 @@ class Lookups:
             if wanted and hashes:
                 started = common.clock()
                 answer = await common.hub.lookup(common.spec, hashes, pin_s)
+                common.count("lookups")
+                if answer is None:
+                    common.count("lookups_failed")
                 common.log.write(
                     "lookup",
                     request=tracked.request.request_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Pulls:
         self._loads[job.request] = task
         missing = set(range(len(job.blocks)))
         aborted = False
+        started = time.monotonic()
         try:
             async with asyncio.timeout(job.deadline_s):
                 await self._pull(meta, job, missing)
@@ -58,6 +60,8 @@ class Pulls:
             self._loads.pop(job.request, None)
         if missing:
             await self._direct.quiet(job.blocks)
+        if not aborted:
+            self._rank.figures.took("pull_seconds", time.monotonic() - started)
         self._report(job, missing, aborted)
 
     async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
@@ -108,8 +112,9 @@ class Pulls:
             for at in np.flatnonzero(result.found).tolist():
                 index, pages = part[at], job.blocks[part[at]].pages
                 missing.discard(index)
+                moved = namespace.grid.region_bytes(region, int(result.tokens[at]))
+                rank.count("pulled_bytes", moved)
                 if rank.log.on:
-                    moved = namespace.grid.region_bytes(region, int(result.tokens[at]))
                     tier = int(result.tiers[at])
                     rank.log_cells("pulled", pages, region, job, index, moved, tier)
         return [index for index in indices if index not in places]
@@ -122,6 +127,7 @@ class Pulls:
         del cells
         if not granted.verify():
             return False
+        self._rank.count("pulled_bytes", moved)
         if self._rank.log.on:
             self._rank.log_cells("pulled", pages, region, job, index, moved, tier)
         return True
@@ -129,7 +135,7 @@ class Pulls:
     def _report(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
         per_block = self._rank.pages.format.pages_per_block
         if missing and not aborted:
-            self._rank.count("loads_failed")
+            self._rank.count("loads_short")
             for index in sorted(missing):
                 self._rank.log.write("failed_block", request=job.request, index=index)
         outbox = self._rank.outbox

@@ -67,15 +67,15 @@ class Pushes:
         self._rank = rank
         self._direct = Direct(rank)
         self.on = on
-        self._queued = 0
 
     def admit(self, job: SaveJob) -> bool:
         """Engine's thread: whether `push` is to follow. Otherwise the job has been let go of."""
-        if self.on and self._queued < self._rank.settings.jobs_max:
-            self._queued += 1
+        if self.on and self._rank.queued < self._rank.settings.jobs_max:
+            self._rank.queued += 1
+            self._rank.count("saves")
             return True
         if self.on:
-            self._lose("saves_dropped", job, "jobs_max pushes are queued")
+            self._lose("saves_dropped.queue", job, "jobs_max pushes are queued")
         self._let_go(job)
         return False
 
@@ -92,6 +92,7 @@ class Pushes:
         """Copy and commit one admitted job."""
         link = self._rank.link
         let_go = asyncio.Event()
+        started = time.monotonic()
         task = asyncio.current_task()
         assert task is not None
         guard = link.spawn(self._expire(step, let_go, task))
@@ -113,15 +114,16 @@ class Pushes:
                 self._let_go(job)
                 if last is not None:
                     await self._commit(job, reservation, staged, last)
+                    self._rank.figures.took("push_seconds", time.monotonic() - started)
                     self._rank.log.write("push_done", job=job.job, blocks=len(blocks))
         except (KVError, TimeoutError) as error:
-            self._lose("saves_failed", job, str(error))
+            self._lose("saves_dropped.hub", job, str(error))
             link.doubt(error)
         except asyncio.CancelledError:
-            self._lose("saves_dropped", job, "its pages were needed")
+            self._lose("saves_dropped.late", job, "its pages were needed")
         finally:
             guard.cancel()
-            self._queued -= 1
+            self._rank.queued -= 1
             if not let_go.is_set():
                 await self._direct.quiet(job.blocks)
                 self._let_go(job)
@@ -146,7 +148,7 @@ class Pushes:
             ready = await step.beyond(done)
             for index in staged:
                 if time.monotonic() > step.deadline:
-                    self._lose("saves_dropped", job, "its pages were needed")
+                    self._lose("saves_dropped.late", job, "its pages were needed")
                     return None
                 cells = reservation.cells(index)[done:ready]
                 pages.gather(done, ready, job.blocks[index].pages, cells)
@@ -178,17 +180,22 @@ class Pushes:
         sources = [place for place in places if place is not None]
         if sources:
             verdicts = await reservation.fill(blocks, sources, region=region)
-            self._committed(job, verdicts, region)
+            self._committed(job, blocks, verdicts, region)
 
     async def _commit(
         self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region
     ) -> None:
         if blocks:
             verdicts = await reservation.commit(blocks, region=region)
-            self._committed(job, verdicts, region)
+            self._committed(job, blocks, verdicts, region)
 
-    def _committed(self, job: SaveJob, verdicts: npt.NDArray[np.uint8], region: Region) -> None:
-        lost = int(np.count_nonzero(verdicts != CommitVerdict.OK))
+    def _committed(
+        self, job: SaveJob, blocks: list[int], verdicts: npt.NDArray[np.uint8], region: Region
+    ) -> None:
+        whole = [blocks[at] for at in np.flatnonzero(verdicts == CommitVerdict.OK)]
+        lost = len(blocks) - len(whole)
+        pages = sum(len(job.blocks[index].pages) for index in whole)
+        self._rank.count("pushed_bytes", pages * self._rank.pages.format.page_bytes * region.cells)
         if lost:
             self._rank.count("blocks_not_committed")
         self._rank.log.write(

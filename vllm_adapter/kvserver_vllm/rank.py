@@ -16,6 +16,7 @@ from kvproto.checksum import checksum
 from kvproto.grid import Region
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.figures import Recorder
 from kvserver_vllm.layout import SKIP, Pages
 from kvserver_vllm.link import HubLink
 from kvserver_vllm.messages import LoadJob, SaveJob, StepMeta
@@ -44,14 +45,23 @@ class Rank:
     head_start: int
     outbox: Outbox = field(default_factory=Outbox)
     counters: dict[str, int] = field(default_factory=dict)
+    queued: int = 0  # pushes under way
+
+    def __post_init__(self) -> None:
+        gauges = {
+            "staging_bytes": lambda: self.link.staging_bytes,
+            "pushes_queued": lambda: self.queued,
+        }
+        who = f"{self.stage}.{self.head_start}"
+        self.figures = Recorder(who, self.counters, gauges)
 
     def region(self, meta: StepMeta) -> Region:
         start = meta.layer_start[self.stage]
         heads = (self.head_start, self.head_start + self.pages.heads)
         return Region(start, start + self.pages.layers, *heads)
 
-    def count(self, name: str) -> None:
-        self.counters[name] = self.counters.get(name, 0) + 1
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
 
     def log_cells(
         self,

@@ -124,7 +124,7 @@ class Saves:
             if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
                 continue
             if self._pins.orphans > self._orphans_max():
-                self._common.count("saves_skipped")
+                self._common.count("saves_dropped.pins")
                 continue
             state = output.kv_connector_block_state
             tables = state.get_block_ids(request_id) if state is not None else None

@@ -13,6 +13,7 @@ from typing import Any
 from kvserver_vllm.common import Common, Hub, Tracked
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.figures import Recorder
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.lookups import Lookups
 from kvserver_vllm.messages import RankReport, StepMeta
@@ -56,6 +57,8 @@ class SchedulerHalf:
         self._requests: dict[str, Tracked] = {}
         self._told = b""
         self._layer_start: dict[int, int] = {}
+        gauges = {"hub_connected": lambda: float(hub.responsive)}
+        self.figures = Recorder("scheduler", self._common.counters, gauges)
 
     @property
     def counters(self) -> dict[str, int]:

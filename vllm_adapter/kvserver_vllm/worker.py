@@ -14,6 +14,7 @@ from typing import Any
 
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.figures import Recorder
 from kvserver_vllm.layout import Pages
 from kvserver_vllm.link import HubLink
 from kvserver_vllm.messages import RankReport, StepMeta
@@ -53,6 +54,10 @@ class WorkerHalf:
     @property
     def counters(self) -> dict[str, int]:
         return self._rank.counters
+
+    @property
+    def figures(self) -> Recorder:
+        return self._rank.figures
 
     def bind(self, meta: StepMeta) -> None:
         """A step begins: its pushes may reserve while the forward pass runs."""

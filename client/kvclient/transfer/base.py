@@ -53,6 +53,11 @@ class Transfer(Protocol):
         """Whether registered memory is moved without staging."""
         ...
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of memory of its own, between the caller's and the arena, what is in use now."""
+        ...
+
     def alive(self) -> bool:
         """False once the server process that this was opened with is known to be gone."""
         ...

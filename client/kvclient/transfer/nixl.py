@@ -65,6 +65,7 @@ class NixlTransfer:
     """A Transfer (`kvclient.transfer.base`). Built by `open_nixl`."""
 
     transport = "nixl"
+    mapped = False
 
     def __init__(
         self, hello: Message, agent: nixlib.Agent, ring: Ring, *, backend: str, rpc: Rpc,
@@ -92,12 +93,12 @@ class NixlTransfer:
         self.bytes_moved = [0, 0]  # staged and direct, out and in
 
     @property
-    def mapped(self) -> bool:
-        return False
-
-    @property
     def direct(self) -> bool:
         return self._memories is not None
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._ring.used_bytes if self._ring is not None else 0
 
     @property
     def _closed(self) -> bool:

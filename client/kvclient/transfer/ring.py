@@ -76,6 +76,11 @@ class Ring:
         return len(self._taken)
 
     @property
+    def used_bytes(self) -> int:
+        """Of extents that are taken or withheld."""
+        return self.extent_bytes * (len(self._taken) + len(self._withheld))
+
+    @property
     def own_bytes(self) -> int:
         return self.bytes.nbytes
 

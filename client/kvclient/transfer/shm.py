@@ -111,6 +111,10 @@ class ShmArena(Mapped):
             holder.close()
             raise
 
+    @property
+    def staging_bytes(self) -> int:
+        return 0
+
     def alive(self) -> bool:
         reader = self._reader
         return reader is not None and reader.epoch() == self.epoch

@@ -130,6 +130,10 @@ class TcpTransfer:
     def direct(self) -> bool:
         return False
 
+    @property
+    def staging_bytes(self) -> int:
+        return 0
+
     async def attach(self, deadline: Deadline) -> None:
         """Nothing is registered here."""
 

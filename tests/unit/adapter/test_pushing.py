@@ -114,7 +114,7 @@ def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: Fake
     assert rank.half.take_report() is None
     link.turn(0.08)
     assert rank.half.take_report() == RankReport({1: 1})
-    assert rank.half.counters["saves_dropped"] == 1
+    assert rank.half.counters["saves_dropped.late"] == 1
     link.opened.gate.set()
     link.turn()
     assert link.opened.stored == {}
@@ -160,7 +160,7 @@ def test_a_full_queue_drops_the_save_and_counts_it(link: FakeLink) -> None:
     link.opened.gate.clear()
     for job in range(4):
         rank.bind(saves=[SaveJob(job, (block(job, 4),))])
-    assert rank.half.counters["saves_dropped"] == 2
+    assert rank.half.counters["saves_dropped.queue"] == 2
     assert rank.half.take_report() == RankReport({2: 1, 3: 1})
 
 

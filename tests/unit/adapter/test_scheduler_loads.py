@@ -318,7 +318,7 @@ def test_blocks_of_finished_requests_may_pin_only_their_share() -> None:
         world.half.finished(request, whole=True)
         world.pool.free_blocks([world.pool.blocks[b] for b in reversed(world.tables[str(number)])])
     assert len(jobs) == 4
-    assert world.half.counters["saves_skipped"] == 2
+    assert world.half.counters["saves_dropped.pins"] == 2
 
 
 def test_a_consumer_saves_and_announces_nothing() -> None:

@@ -1,0 +1,73 @@
+"""One engine's figures, as its own Prometheus registry shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.engines import PATIENT, Engine, hub_config
+from tests.support.kv_oracle import wait_connected, wait_for, wait_pushed
+from tests.support.server import ServerProcess, start_server
+from tests.support.tiny_models import TINY, prompt, write_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+BLOCK, TOKENS = 128, 8
+PROMPT = prompt(41, 640)
+PREFIX = "vllm:kvserver_"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with start_server(tmp_path_factory.mktemp("server"), host_bytes="128MiB") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine") / "log.jsonl"
+
+
+@pytest.fixture(scope="module")
+def engine(
+    server: ServerProcess, log: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    model = write_model(tmp_path_factory.mktemp("model"), TINY, seed=0)
+    config = hub_config(server.address, event_log=log, **PATIENT)
+    with Engine.start(model, config=config) as engine:
+        wait_connected(log)
+        yield engine
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """The connector's, by name without the prefix."""
+    engine.idle(0.05)  # figures travel with steps
+    return {
+        name.removeprefix(PREFIX): value
+        for name, value in engine.metrics().items()
+        if name.startswith(PREFIX)
+    }
+
+
+def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) -> None:
+    blocks = len(PROMPT) // BLOCK
+    engine.generate(PROMPT, tokens=TOKENS)
+    wait_pushed(log, blocks)
+    block_bytes = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4 * BLOCK  # K and V, fp32
+    wait_for("the push in the metrics", lambda: bool(figures(engine)["push_seconds"]))
+    pushed = figures(engine)
+    assert pushed["pushed_bytes"] == blocks * block_bytes
+    assert pushed["saves"] >= pushed["push_seconds"] >= 1
+    assert (pushed["lookups"], pushed["loads"], pushed["hub_connected"]) == (1, 0, 1)
+    engine.reset_prefix_cache()
+    answer = engine.generate(PROMPT, tokens=TOKENS)
+    assert answer.cached >= (blocks - 1) * BLOCK
+    pulled = figures(engine)
+    tokens = pulled["hit_tokens.host"]
+    assert tokens >= (blocks - 1) * BLOCK
+    assert pulled["pulled_bytes"] == -(-tokens // BLOCK) * block_bytes
+    assert (pulled["lookups"], pulled["loads"], pulled["pull_seconds"]) == (2, 1, 1)
+    assert pulled["loads_failed"] == pulled["hit_tokens.disk"] == 0
