@@ -244,7 +244,11 @@ class Writing:
 
         def answer(failed: set[int]) -> None:
             reservation.pending = False
-            if ident in self._holds.reservations:
+            if granted:
+                if ident not in self._holds.reservations:  # its slots are somebody else's by now
+                    error = CoreError(ErrorKind.NOT_FOUND, "the client has left", field="client")
+                    books.refuse(event.ticket, error)
+                    return
                 books.timers.set(Kind.RESERVATION, ident, books.now + ttl)
             for row, at in pending.forced.items():
                 if row in failed:

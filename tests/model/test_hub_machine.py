@@ -8,6 +8,7 @@ long runs (20,000 x 200); the normal run is 200 x 50.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -279,8 +280,18 @@ class HubMachine(WriterMachine):
         self.model.sessions[self.next_session] = self.now + SESSION_TTL
         assert self.ask(ev.OpenSession, session=self.next_session) is None
         self.handles = [world.namespace(self.next_session, spec) for spec in SPECS]
+        self.rename_namespaces(old)
         self.next_session += 1
         self.join_client(0)
+
+    def rename_namespaces(self, old: World) -> None:
+        """Directories name namespaces by their specs; entries here, by handles of this epoch."""
+        handle_of = dict(zip((spec.tag for spec in SPECS), self.handles, strict=True))
+        for table in (self.world.entries, self.world.records):
+            for offset, entry in table.items():
+                if entry.info is not None:
+                    handle = handle_of[old.hub.spec_of(entry.info.namespace).tag]
+                    table[offset] = replace(entry, info=replace(entry.info, namespace=handle))
 
     # ---- what always holds
 

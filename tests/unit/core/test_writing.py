@@ -397,6 +397,23 @@ def test_durable_forces_the_spill_of_a_present_block() -> None:
     assert world.reserve(1, keys, durable=True).verdicts == [PRESENT]
 
 
+def test_a_durable_reserve_that_outlives_its_session_grants_nothing() -> None:
+    """Its slots went back with the session; the answer, held up by a spill, came later."""
+    world = World(HubConfig(host_bytes=32 * UNIT, disk_bytes=64 * UNIT))
+    world.session()
+    world.namespace()
+    here, new = chain("a", 2)
+    world.put(1, [here])
+    assert world.reserve(1, [here, new], durable=True) is None
+    ticket = world.ticket
+    assert world.tier(HOST).filling == 1
+    world.ask(ev.CloseSession, session=1, drained=True)
+    assert world.tier(HOST).filling == 0
+    world.finish_all()
+    assert world.answers[ticket].kind is ErrorKind.NOT_FOUND
+    world.hub.validate()
+
+
 def test_durable_is_not_promised_beyond_the_lag_limit() -> None:
     world = World(HubConfig(host_bytes=32 * UNIT, disk_bytes=64 * UNIT))
     world.session()
