@@ -206,15 +206,22 @@ def _readers_against_eviction(way: Way, server: ServerProcess) -> None:
     blocks = Blocks(layers=4, heads=2, page_bytes=4096, name="churn")  # 256 KiB a block
     total = 3 * (24 << 20) // blocks.payload_bytes
     chains = [blocks.chain(seed, 6) for seed in range(total // 6)]
-    stop = time.monotonic() + 3
     wrong: list[object] = []
     hits = [0, 0]
+    connected = threading.Barrier(5)
+    least, most = time.monotonic() + 3, time.monotonic() + 40
+
+    def going() -> bool:
+        """For three seconds, and on a slow machine until there is something to judge."""
+        now = time.monotonic()
+        return not wrong and (now < least or (now < most and not 50 < hits[0] < hits[1]))
 
     def write() -> None:
         rng = np.random.default_rng()
         with way.blocking(server) as client:
             namespace = client.open_namespace(blocks.spec)
-            while time.monotonic() < stop and not wrong:
+            connected.wait(30)
+            while going():
                 keys = chains[int(rng.integers(len(chains)))]
                 namespace.push(keys, blocks.payloads(keys))
 
@@ -222,7 +229,8 @@ def _readers_against_eviction(way: Way, server: ServerProcess) -> None:
         rng = np.random.default_rng()
         with way.blocking(server) as client:
             namespace = client.open_namespace(blocks.spec)
-            while time.monotonic() < stop and not wrong:
+            connected.wait(30)
+            while going():
                 keys = chains[int(rng.integers(len(chains)))]
                 out = blocks.out(len(keys))
                 result = namespace.pull(keys, out)
