@@ -58,6 +58,7 @@ from kvserver.runtime.watches import Watches
 from kvserver.service.admin import AdminService
 from kvserver.service.cache import CacheService
 from kvserver.service.calls import Gate, Incidents
+from kvserver.service.local import LocalCalls
 from kvserver.service.stats import stats_reply
 from kvserver.tiers.device import FakeDevice
 from kvserver.tiers.disk import SLOTS_NAME, DiskFile
@@ -162,6 +163,7 @@ class Server:
         await grpc_server.start()
         self._parts.push_async_callback(grpc_server.stop, CALLS_GRACE_S)
         self._parts.callback(self.node.watches.close)
+        self._parts.push_async_callback(self._local.close, CALLS_GRACE_S)
         await self._set_health(serving=True)
         logs.event(
             log,
@@ -415,7 +417,10 @@ class Server:
         assert self._shm is not None
         offers = []
         if self.settings.shm_allowed(session.tenant):
-            offers.append(pb.TransportOffer(name=self._shm.name, address=self._shm.address))
+            told = {"calls": "1"}
+            offers.append(
+                pb.TransportOffer(name=self._shm.name, address=self._shm.address, options=told)
+            )
         if self.node.moves is not None:
             told = {"backend": self.settings.nixl_backend, "rdma": ",".join(rdma_devices())}
             offers.append(pb.TransportOffer(name="nixl", options=told))
@@ -459,6 +464,14 @@ class Server:
             **base,
         )
         kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)
+        self._local = LocalCalls(
+            cache,
+            knows=self.node.knows,
+            report=self.incidents.report,
+            log=logs.get_logger("local"),
+        )
+        assert self._shm is not None
+        self._shm.serve_calls(self._local)
         kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)

@@ -20,6 +20,7 @@ how others do in `kvclient.transfer`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +94,12 @@ class Copier:
         """Run `task` for every piece, each list in one thread. When cancelled, tell it to stop
         and return only after the last copy has ended.
         """
+        if not pieces:
+            return
         stop = threading.Event()
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        running = itertools.count(1 - len(pieces))  # the last one to end is given 0
 
         def work(part: list[Piece]) -> None:
             for piece in part:
@@ -101,28 +107,32 @@ class Copier:
                     return
                 task(piece)
 
+        def one_ended(_: Future[None]) -> None:
+            if next(running) == 0:
+                loop.call_soon_threadsafe(ended.set)  # one wake-up of the loop for all
+
         futures: list[Future[None]] = []
         try:
             futures.extend(self._pool.submit(work, part) for part in pieces)
         except RuntimeError as error:  # the pool is shut down
             stop.set()
             raise Unavailable("the client is closed") from error
-        waiting = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        for future in futures:
+            future.add_done_callback(one_ended)
         try:
-            results = await asyncio.shield(waiting)
+            await ended.wait()
         except asyncio.CancelledError:
             stop.set()
             for future in futures:
                 future.cancel()
-            while not waiting.done():
+            while not ended.is_set():
                 with suppress(asyncio.CancelledError):
-                    await asyncio.wait([waiting])
+                    await ended.wait()
             raise
-        for result in results:
-            if isinstance(result, asyncio.CancelledError):
+        for future in futures:
+            if future.cancelled():
                 raise Unavailable("the client is closed")
-            if isinstance(result, BaseException):
-                raise result
+            future.result()
 
     def split(self, layers: int, layer_bytes: int, indices: Sequence[int]) -> list[list[Piece]]:
         """Tasks for these blocks: big blocks are cut between layers, small ones are gathered."""

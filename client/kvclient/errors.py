@@ -2,7 +2,8 @@
 
 Every error is a KVError: `kind` says what happened, `field` which value or limit it is about,
 `limit` what would have been accepted. The server's refusals arrive as gRPC statuses with the
-trailing metadata `kv-kind`, `kv-field`, `kv-limit`; `from_rpc` maps them here, once.
+trailing metadata `kv-kind`, `kv-field`, `kv-limit`, or in a refusal with the same three over the
+shm socket; `from_rpc` and `from_refusal` map them here, once.
 
     Unavailable       the hub cannot be reached or is draining; the client reconnects by itself
     DeadlineExceeded  no answer within the call's deadline
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from kvproto.calls import Refusal
 from kvproto.errors import FieldError
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ _BY_CODE: dict[grpc.StatusCode, type[KVError]] = {
     # The channel closed or the stream was reset under the call: the hub went away.
     grpc.StatusCode.CANCELLED: Unavailable,
 }
+_BY_NUMBER: dict[int, type[KVError]] = {code.value[0]: kind for code, kind in _BY_CODE.items()}
 
 
 def from_rpc(error: grpc.RpcError, *, what: str, address: str) -> KVError:
@@ -108,12 +111,25 @@ def from_rpc(error: grpc.RpcError, *, what: str, address: str) -> KVError:
     details = (error.details() or "") if hasattr(error, "details") else str(error)
     trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     metadata = dict(trailing or ())
-    kind = _BY_CODE.get(code, KVError)
+    refusal = Refusal(
+        details or code.name,
+        _text(metadata.get("kv-kind")),
+        _text(metadata.get("kv-field")),
+        _text(metadata.get("kv-limit")),
+    )
+    return from_refusal(code, refusal, what=what, address=address)
+
+
+def from_refusal(
+    code: grpc.StatusCode | int, refusal: Refusal, *, what: str, address: str
+) -> KVError:
+    """The same for a refusal that came with a status, or with a status's number."""
+    kind = _BY_NUMBER.get(code, KVError) if isinstance(code, int) else _BY_CODE.get(code, KVError)
     return kind(
-        f"{what} at {address}: {details or code.name}",
-        kind=_text(metadata.get("kv-kind")),
-        field=_text(metadata.get("kv-field")),
-        limit=_text(metadata.get("kv-limit")),
+        f"{what} at {address}: {refusal.message}",
+        kind=refusal.kind,
+        field=refusal.field,
+        limit=refusal.limit,
     )
 
 

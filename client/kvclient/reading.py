@@ -14,10 +14,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-import grpc
-import grpc.aio
 import numpy as np
 
 from kvclient.checks import Arrays, targets_of
@@ -33,8 +31,9 @@ from kvclient.copying import (
     read_piece,
 )
 from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError, late
+from kvclient.local import LocalStream
 from kvclient.results import Bytes, PullResult, Tier
-from kvclient.session import Link, Session
+from kvclient.session import GrpcStream, Link, Session
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
 from kvclient.transfer.direct import Block
@@ -259,7 +258,7 @@ class ReadStream:
         self._lease_ms = lease_ms
         self._inherit_lease = inherit_lease
         self._step_s = step_s
-        self._call: Any = None
+        self._call: GrpcStream | LocalStream | None = None
         self._link: Link | None = None
         self._ready: list[Granted] = []
         self._done = False
@@ -379,6 +378,7 @@ class ReadStream:
         handle = await self.namespace.handle(link, deadline)
         self._link = link
         self._call = session.stream(
+            link,
             "Acquire",
             pb.AcquireRequest(
                 session=link.session,
@@ -396,6 +396,7 @@ class ReadStream:
 
     async def _message(self, deadline: Deadline) -> pb.AcquireReply:
         assert self._link is not None
+        assert self._call is not None
         session = self.namespace.session
         try:
             async with asyncio.timeout(deadline.left()):
@@ -403,16 +404,12 @@ class ReadStream:
         except TimeoutError:
             self._call.cancel()
             raise late("Acquire", session.address, deadline.seconds) from None
-        except grpc.RpcError as error:
-            self._done = True
-            failed = session.stream_failed(self._link, "Acquire", error)
+        except KVError as error:
+            failed = session.stream_failed(self._link, error)
             self._done = not isinstance(failed, Gone)
             self.namespace.stale_handle(self._link, failed)
             raise failed from None
-        except asyncio.CancelledError:
-            session.cancelled("Acquire")
-            raise
-        if reply is grpc.aio.EOF:
+        if reply is None:
             self._done = True
             return pb.AcquireReply(done=True)
         message: pb.AcquireReply = reply

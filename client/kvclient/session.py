@@ -38,6 +38,7 @@ from kvclient.errors import (
     from_rpc,
     late,
 )
+from kvclient.local import LocalCalls, LocalStream, open_calls
 from kvclient.results import Limits
 from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
 from kvclient.tls import Tls
@@ -119,12 +120,39 @@ class Link:
     epoch: int
     limits: Limits
     transfer: Transfer
+    local: LocalCalls | None = None  # the short way, where the hub is on this host
     handles: dict[bytes, int] = field(default_factory=dict)  # namespace id -> handle
     lost: str | None = None
 
     def gone(self) -> Gone:
         reason = self.lost or "the hub was restarted"
         return Gone(f"the session with {self.address} ended: {reason}")
+
+
+class GrpcStream:
+    """A server-streaming call over gRPC."""
+
+    def __init__(self, session: Session, name: str, call: Any) -> None:
+        self._session = session
+        self._name = name
+        self._call = call
+
+    def done(self) -> bool:
+        return bool(self._call.done())
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def read(self) -> Message | None:
+        """The next message, None behind the last. KVErrors only."""
+        try:
+            reply = await self._call.read()
+        except grpc.RpcError as error:
+            raise from_rpc(error, what=self._name, address=self._session.address) from None
+        except asyncio.CancelledError:
+            self._session.cancelled(self._name)
+            raise
+        return None if reply is grpc.aio.EOF else reply
 
 
 class Session:
@@ -212,6 +240,8 @@ class Session:
             )
             with suppress(KVError):
                 await self.rpc("Goodbye", goodbye, Deadline(min(1.0, self.options.deadline_s)))
+        if link is not None and link.local is not None:
+            link.local.close()
         if self._channel is not None:
             await self._channel.close()
 
@@ -244,7 +274,7 @@ class Session:
             if at.lost is not None:
                 raise at.gone()
             try:
-                return at, await self.rpc(name, await make(at), deadline)
+                return at, await self.rpc(name, await make(at), deadline, link=at)
             except NotFound as error:
                 if not self._ended(at, error):
                     raise
@@ -276,11 +306,17 @@ class Session:
                     await asyncio.shield(self._attempt)
         return self.link
 
-    async def rpc(self, name: str, request: Message, deadline: Deadline) -> Message:
-        """One unary call. KVErrors only; DeadlineExceeded at the deadline."""
+    async def rpc(
+        self, name: str, request: Message, deadline: Deadline, *, link: Link | None = None
+    ) -> Message:
+        """One unary call. KVErrors only; DeadlineExceeded at the deadline. The short way, if `link`
+        has one that takes it.
+        """
         left = deadline.left()
         if left <= 0:
             raise late(name, self.address, deadline.seconds)
+        if link is not None and link.local is not None and link.local.takes(name, request):
+            return await link.local.call(name, request, deadline)
         try:
             return await self._stubs[name](request, timeout=left)
         except grpc.RpcError as error:
@@ -291,10 +327,12 @@ class Session:
             self.cancelled(name)
             raise
 
-    def stream(self, name: str, request: Message) -> Any:
-        """A server-streaming call: its grpc.aio call object."""
+    def stream(self, link: Link, name: str, request: Message) -> GrpcStream | LocalStream:
+        """A server-streaming call."""
+        if link.local is not None and link.local.takes(name, request):
+            return link.local.stream(name, request)
         try:
-            return self._stubs[name](request)
+            return GrpcStream(self, name, self._stubs[name](request))
         except grpc.aio.UsageError as error:
             raise Unavailable(f"{name} at {self.address}: the client is closed") from error
 
@@ -304,14 +342,13 @@ class Session:
         if self._closed and task is not None and not task.cancelling():
             raise Unavailable(f"{name} at {self.address}: the client was closed") from None
 
-    def stream_failed(self, link: Link, name: str, error: grpc.RpcError) -> KVError:
-        """The typed error of a broken stream; looks at once whether the hub is still there."""
-        typed = from_rpc(error, what=name, address=self.address)
-        if isinstance(typed, NotFound) and self._ended(link, typed):
+    def stream_failed(self, link: Link, error: KVError) -> KVError:
+        """What a broken stream means; looks at once whether the hub is still there."""
+        if isinstance(error, NotFound) and self._ended(link, error):
             return link.gone()
-        if isinstance(typed, Unavailable):
+        if isinstance(error, Unavailable):
             self._wake.set()
-        return typed
+        return error
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something that no caller waits for; it is cancelled by `close`."""
@@ -328,6 +365,8 @@ class Session:
             return
         link.lost = reason
         link.transfer.close()
+        if link.local is not None:
+            link.local.retire()
         if self._closed or link is not self._link:
             return
         self._log.warning("session with %s ended: %s", self.address, reason)
@@ -429,6 +468,17 @@ class Session:
             with suppress(KVError):  # unheard, the session ends by its own clock
                 await self.rpc("Goodbye", goodbye, Deadline(1.0))
             raise
+        local = None
+        offer = next((o for o in reply.transports if o.name == transfer.transport), None)
+        if offer is not None and offer.options.get("calls") == "1":
+            local = await open_calls(
+                offer.address,
+                address=options.address,
+                session=reply.session,
+                client=reply.client,
+                token=reply.token,
+                deadline=deadline,
+            )
         self._log.info(
             "connected to %s (kvserver %s, epoch %d): session %x, transport %s at %s",
             *(options.address, reply.server_version, reply.epoch, reply.session),
@@ -444,6 +494,7 @@ class Session:
             epoch=reply.epoch,
             limits=_limits(reply.limits),
             transfer=transfer,
+            local=local,
         )
 
 

@@ -27,7 +27,6 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
@@ -204,7 +203,7 @@ class Watch:
         if self._prepare is not None:
             await self._prepare(link, deadline)
         request = pb.WatchRequest(session=link.session, namespace_id=self._namespace_id)
-        self._call = self._session.stream("Watch", request)
+        self._call = self._session.stream(link, "Watch", request)
         self._sequence, self._idle_s = 0, FIRST_S
         self._specs.clear()
 
@@ -218,12 +217,9 @@ class Watch:
             raise Unavailable(
                 f"Watch at {self._session.address}: silent for {self._idle_s:.3g} s"
             ) from None
-        except grpc.RpcError as error:
-            raise self._session.stream_failed(self._link, "Watch", error) from None
-        except asyncio.CancelledError:
-            self._session.cancelled("Watch")
-            raise
-        if reply is grpc.aio.EOF:
+        except KVError as error:
+            raise self._session.stream_failed(self._link, error) from None
+        if reply is None:
             raise Unavailable(f"Watch at {self._session.address}: the hub ended the stream")
         self._sequence += 1
         if reply.sequence != self._sequence:

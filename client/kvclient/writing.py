@@ -274,9 +274,11 @@ class Reservation:
         indices: Sequence[int],
         sources: Sequence[Block] | None,
         region: Region,
-        deadline: Deadline,
+        deadline: Deadline | None,
     ) -> Writing:
-        """Move `sources`; without any, what was filled through `cells`."""
+        """Move `sources`; without any, what was filled through `cells`. Without a deadline, the
+        caller keeps its own.
+        """
         self._alive()
         transfer = self._link.transfer
         if sources is None and not transfer.mapped:
@@ -284,8 +286,11 @@ class Reservation:
         check_blocks(transfer, sources or ())
         work = self._writing(indices, sources, region)
         try:
-            async with self._namespace.within(deadline, "copy"):
+            if deadline is None:
                 await transfer.put(work, self._namespace.copier)
+            else:
+                async with self._namespace.within(deadline, "copy"):
+                    await transfer.put(work, self._namespace.copier)
         finally:
             self._drained = self._drained and work.drained
         return work
@@ -307,15 +312,14 @@ class Reservation:
     ) -> npt.NDArray[np.uint8]:
         if self._link.lost is not None:
             raise self._link.gone()
-        verdicts = np.full(len(indices), CommitVerdict.GONE, np.uint8)
-        fresh = np.flatnonzero(~work.stale)
         limit = max(1, COMMIT_BYTES_MAX // (8 * region.cells))
         limit = min(limit, self._link.limits.keys_per_call_max)
-        for start in range(0, len(fresh), limit):
-            part = fresh[start : start + limit]
-            chosen = np.fromiter((indices[i] for i in part), "<u4", len(part))
-            sums = work.sums[part].astype("<u8", copy=False)
-            verdicts[part] = await self._send(chosen, sums, region, deadline)
+        if len(indices) <= limit and not work.stale.any():
+            chosen = np.array(indices, "<u4")
+            sums = work.sums.astype("<u8", copy=False)
+            verdicts = await self._send(chosen, sums, region, deadline)
+        else:
+            verdicts = await self._send_parts(indices, region, work, limit, deadline)
         mask = self._namespace.grid.mask(region)
         for index, verdict in zip(indices, verdicts.tolist(), strict=True):
             if verdict == CommitVerdict.GONE:
@@ -326,6 +330,24 @@ class Reservation:
         if not any(self._pending.values()) and not self._lost:
             self._ended = True
             self._give_back()
+        return verdicts
+
+    async def _send_parts(
+        self,
+        indices: Sequence[int],
+        region: Region,
+        work: Writing,
+        limit: int,
+        deadline: Deadline,
+    ) -> npt.NDArray[np.uint8]:
+        """What is not stale, at most `limit` blocks a call."""
+        verdicts = np.full(len(indices), CommitVerdict.GONE, np.uint8)
+        fresh = np.flatnonzero(~work.stale)
+        for start in range(0, len(fresh), limit):
+            part = fresh[start : start + limit]
+            chosen = np.fromiter((indices[i] for i in part), "<u4", len(part))
+            sums = work.sums[part].astype("<u8", copy=False)
+            verdicts[part] = await self._send(chosen, sums, region, deadline)
         return verdicts
 
     async def _send(
@@ -364,7 +386,8 @@ def permits_of(packed: bytes, count: int) -> list[bytes]:
 
 class Push:
     """One push: windows of blocks are reserved, copied and committed, each step of one window
-    while the others do theirs. `verdicts` fills with PushVerdict.
+    while the others do theirs. `verdicts` fills with PushVerdict. The caller of `run` cancels it at
+    the deadline.
     """
 
     def __init__(
@@ -388,7 +411,10 @@ class Push:
         windows = list(self._windows(range(len(self._hashes))))
         tasks: list[asyncio.Task[object]] = []
         try:
-            await self._pipelined(windows, tasks)
+            if len(windows) == 1:  # there is nothing to overlap with
+                await self._whole(windows[0])
+            else:
+                await self._pipelined(windows, tasks)
             await self._once_more()
         except BaseException:
             for task in tasks:
@@ -405,11 +431,14 @@ class Push:
         left = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
         while left and len(left) < len(self.verdicts):
             for window in self._windows(left):
-                reservation = await self._reserve(window)
-                await self._finish(window, reservation, await self._copy(window, reservation))
+                await self._whole(window)
             before, left = left, np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
             if len(left) == len(before):
                 return
+
+    async def _whole(self, window: list[int]) -> None:
+        reservation = await self._reserve(window)
+        await self._finish(window, reservation, await self._copy(window, reservation))
 
     async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[object]]) -> None:
         loop = asyncio.get_running_loop()
@@ -464,7 +493,7 @@ class Push:
         if not reservation.writable:
             return None
         sources = [self._sources[window[position]] for position in reservation.writable]
-        return await reservation._work(reservation.writable, sources, self._region, self._deadline)
+        return await reservation._work(reservation.writable, sources, self._region, None)
 
     async def _finish(
         self, window: list[int], reservation: Reservation, work: Writing | None

@@ -2,7 +2,7 @@
 
 A Unix stream socket, one handshake a connection (`kvproto.handshake`). The answer carries the
 arena's descriptor and, for a writable mapping, that client's liveness descriptor. No payload
-passes here.
+passes here. A connection that was opened for calls goes to whoever serves those (`Calls`).
 
 Rules:
  1. A writable arena is passed only together with the client's locked liveness file: while any
@@ -70,6 +70,14 @@ class LivenessFiles(Protocol):
     def is_dead(self, client_id: int) -> bool: ...
 
 
+class Calls(Protocol):
+    """Serves calls over connections (`kvserver.service.local`)."""
+
+    def full(self) -> bool: ...
+
+    async def take(self, connection: socket.socket, session: int, client: int) -> None: ...
+
+
 class ShmServer:
     """An Endpoint. `authorise(session, client, token)` is asked on the loop's thread.
 
@@ -101,12 +109,17 @@ class ShmServer:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._calls: Calls | None = None
         self.refused = 0
         self.granted = 0
 
     @property
     def address(self) -> str:
         return str(self._path)
+
+    def serve_calls(self, calls: Calls) -> None:
+        """From now on connections for calls are taken, and go to `calls`."""
+        self._calls = calls
 
     async def start(self) -> None:
         """Listen. The caller holds the directory's lock, so a socket found here is a dead one's."""
@@ -174,7 +187,36 @@ class ShmServer:
                 self.refused += 1
                 self._log.info("shm handshake broke off: %s", error)
             else:
-                self._grant(connection, request)
+                if request.mode is Mode.CALLS:
+                    await self._hand_over(connection, request)
+                else:
+                    self._grant(connection, request)
+
+    async def _hand_over(self, connection: socket.socket, request: Request) -> None:
+        if not self._authorise(request.session, request.client, request.token):
+            self._refuse(connection, Status.REFUSED, "unknown session, client or token")
+            return
+        if self._calls is None or self._calls.full():
+            self._refuse(connection, Status.BUSY, "no more connections for calls are taken")
+            return
+        try:
+            self._send(connection, self._answer(), [])
+            ours = socket.socket(fileno=connection.detach())
+            await self._calls.take(ours, request.session, request.client)
+        except OSError as error:
+            self.refused += 1
+            self._log.info("shm handshake broke off: %s", error)
+
+    def _answer(self) -> Answer:
+        return Answer(
+            status=Status.OK,
+            epoch=self._arena.epoch,
+            file_bytes=self._arena.file_bytes,
+            table_offset=self._arena.table_offset,
+            data_offset=self._arena.data_offset,
+            data_bytes=self._arena.data_bytes,
+            arena_id=self._arena.arena_id,
+        )
 
     def _grant(self, connection: socket.socket, request: Request) -> None:
         if not self._authorise(request.session, request.client, request.token):
@@ -191,16 +233,7 @@ class ShmServer:
             flags = os.O_RDWR if request.mode is Mode.WRITE else os.O_RDONLY
             # A description of the client's own: nothing of the server's is shared with it.
             fds.append(os.open(f"/proc/self/fd/{self._arena.fd}", flags | os.O_CLOEXEC))
-            answer = Answer(
-                status=Status.OK,
-                epoch=self._arena.epoch,
-                file_bytes=self._arena.file_bytes,
-                table_offset=self._arena.table_offset,
-                data_offset=self._arena.data_offset,
-                data_bytes=self._arena.data_bytes,
-                arena_id=self._arena.arena_id,
-            )
-            self._send(connection, answer, fds)
+            self._send(connection, self._answer(), fds)
             self.granted += 1
         except OSError as error:
             self._refuse(connection, Status.FAILED, f"cannot pass the arena: {error}")

@@ -1,6 +1,7 @@
 """The handshake of the `shm` transport, byte for byte.
 
-One request a connection of a Unix stream socket, then one answer, then the server closes:
+One request a connection of a Unix stream socket, then one answer. Then the server closes, unless
+the connection is for calls (mode CALLS), whose frames follow (`kvproto.calls`):
 
     request  = 'kvsh' | u16 version | u8 mode | u8 zero | u64 session | u32 client | u32 zero
                | token[16]                                                      (40 bytes)
@@ -9,7 +10,8 @@ One request a connection of a Unix stream socket, then one answer, then the serv
                | text                                                           (72 + n bytes)
 
 All integers are little-endian. With status OK the answer carries file descriptors (SCM_RIGHTS):
-mode WRITE gets [liveness file, arena opened O_RDWR], mode READ gets [arena opened O_RDONLY].
+mode WRITE gets [liveness file, arena opened O_RDWR], mode READ gets [arena opened O_RDONLY], mode
+CALLS none.
 `text` says in words why a request was refused; it is empty with OK.
 
 Rule 1: pure; sockets and descriptors belong to the two sides.
@@ -40,17 +42,18 @@ class HandshakeError(ValueError):
 
 
 class Mode(IntEnum):
-    """What the mapping is for. The numbers are those on the wire."""
+    """What the connection is for. The numbers are those on the wire."""
 
     READ = 0
     WRITE = 1
+    CALLS = 2
 
 
 class Status(IntEnum):
     OK = 0
     BAD_REQUEST = 1  # not this protocol, or not this version of it
     REFUSED = 2  # unknown session, client or token
-    BUSY = 3  # too many handshakes at once; try again
+    BUSY = 3  # too many connections at once; try again
     MAPPED = 4  # this client already holds a writable mapping
     FAILED = 5  # the server could not open what it should pass
 
@@ -93,7 +96,7 @@ def decode_request(raw: bytes) -> Request:
         raise HandshakeError("not a kvserver shm handshake")
     if version != VERSION:
         raise HandshakeError(f"handshake version {version}, this side speaks {VERSION}")
-    if mode not in (Mode.READ, Mode.WRITE) or zero or zeros:
+    if mode not in {int(known) for known in Mode} or zero or zeros:
         raise HandshakeError(f"mode {mode} is unknown or reserved bytes are set")
     return Request(Mode(mode), session, client, token)
 

@@ -177,7 +177,8 @@ def open_arena(
     mode = Mode.READ if read_only else Mode.WRITE
     fds: list[int] = []
     try:
-        answer = _exchange(path, Request(mode, session, client, token), fds, deadline_s)
+        connection, answer = dial(path, Request(mode, session, client, token), fds, deadline_s)
+        connection.close()
         if answer.status is not Status.OK:
             raise Unavailable(f"the hub refuses its arena at {path}: {answer.text}")
         if len(fds) != (1 if read_only else 2):
@@ -204,10 +205,15 @@ def _unreachable(path: str, error: OSError) -> KVError:
     return Unsupported(f"the arena at {path} cannot be mapped: {error}")
 
 
-def _exchange(path: str, request: Request, fds: list[int], deadline_s: float) -> Answer:
-    """One request, one answer. Descriptors that arrive are appended to `fds` whatever follows."""
+def dial(
+    path: str, request: Request, fds: list[int], deadline_s: float
+) -> tuple[socket.socket, Answer]:
+    """One request, one answer, and the connection behind them. Descriptors that arrive are appended
+    to `fds` whatever follows. Blocks; OSError, and HandshakeError for what is no answer.
+    """
     end = time.monotonic() + deadline_s
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
         connection.settimeout(deadline_s)
         connection.connect(path)
         with suppress(BrokenPipeError):  # a busy hub answers first and closes: read why
@@ -225,4 +231,7 @@ def _exchange(path: str, request: Request, fds: list[int], deadline_s: float) ->
             raw += part
             if len(raw) == ANSWER_HEAD_BYTES:
                 wanted = answer_bytes(raw)
-        return decode_answer(raw)
+        return connection, decode_answer(raw)
+    except BaseException:
+        connection.close()
+        raise
