@@ -417,10 +417,8 @@ class Server:
         assert self._shm is not None
         offers = []
         if self.settings.shm_allowed(session.tenant):
-            told = {"calls": "1"}
-            offers.append(
-                pb.TransportOffer(name=self._shm.name, address=self._shm.address, options=told)
-            )
+            address, told = self._shm.offer
+            offers.append(pb.TransportOffer(name=self._shm.name, address=address, options=told))
         if self.node.moves is not None:
             told = {"backend": self.settings.nixl_backend, "rdma": ",".join(rdma_devices())}
             offers.append(pb.TransportOffer(name="nixl", options=told))
@@ -464,12 +462,8 @@ class Server:
             **base,
         )
         kvserver_pb2_grpc.add_CacheServicer_to_server(cache, server)
-        self._local = LocalCalls(
-            cache,
-            knows=self.node.knows,
-            report=self.incidents.report,
-            log=logs.get_logger("local"),
-        )
+        report, own_log = self.incidents.report, logs.get_logger("local")
+        self._local = LocalCalls(cache, knows=self.node.knows, report=report, log=own_log)
         assert self._shm is not None
         self._shm.serve_calls(self._local)
         kvserver_pb2_grpc.add_AdminServicer_to_server(admin, server)

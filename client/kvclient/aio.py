@@ -24,9 +24,10 @@ from kvclient.checks import hash_list
 from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
 from kvclient.namespace import AsyncNamespace
+from kvclient.options import Options
 from kvclient.reading import Leases
 from kvclient.results import Limits
-from kvclient.session import Link, Message, Options, Session
+from kvclient.session import Link, Message, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.tls import Tls

@@ -32,8 +32,8 @@ from kvclient.copying import THREADS
 from kvclient.errors import Unavailable, Unsupported, late
 from kvclient.handles import SyncReadStream, SyncReservation, SyncWatch
 from kvclient.namespace import AsyncNamespace
+from kvclient.options import Options
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
-from kvclient.session import Options
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES

@@ -26,6 +26,7 @@ from kvclient.checks import (
 )
 from kvclient.copying import Copier
 from kvclient.errors import InvalidArgument, KVError, NotFound, late
+from kvclient.pushing import Push
 from kvclient.reading import Leases, Pull, ReadStream
 from kvclient.results import Lookup, Need, PullResult, PushResult
 from kvclient.session import Link, Session
@@ -33,7 +34,7 @@ from kvclient.staging import Buffers
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
 from kvclient.watching import Watch
-from kvclient.writing import Push, Reservation
+from kvclient.writing import Reservation
 from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb

@@ -1,4 +1,4 @@
-"""Writing: reservations, and the push that is built on them.
+"""Writing: reservations. A push (`kvclient.pushing`) is built on them.
 
 Rules:
  1. Only cells of a granted reservation are written, only under the Link it was granted under.
@@ -9,9 +9,8 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from kvclient.checks import Arrays, blocks_of, region_in
 from kvclient.copying import Checksums, Slot, Writing, as_arena, cells_of, check_blocks
 from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
-from kvclient.results import Bytes, CommitVerdict, PushVerdict, ReserveVerdict
+from kvclient.results import Bytes, CommitVerdict, ReserveVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
 
 COMMIT_BYTES_MAX = 4 << 20  # packed checksums in one Commit
-PUSH_WINDOW_BYTES = 64 << 20  # reserved at once by a push, twice that while windows overlap
 
 
 class Reservation:
@@ -152,8 +150,8 @@ class Reservation:
                 raise InvalidArgument.of("region", part, limit)
         sources = blocks_of("arrays", arrays, tokens, self._namespace.grid, part)
         with self._namespace.pinning(sources):
-            work = await self._work(indices, sources, part, deadline)
-            return await self._commit(indices, part, work, deadline)
+            work = await self.move(indices, sources, part, deadline)
+            return await self.settle(indices, part, work, deadline)
 
     async def commit(
         self,
@@ -177,7 +175,7 @@ class Reservation:
         for index in chosen:
             self._slot(index)
         if checksums is None or not self._link.transfer.mapped:
-            work = await self._work(chosen, None, part, deadline)
+            work = await self.move(chosen, None, part, deadline)
         else:
             work = self._writing(chosen, None, part)
         if checksums is not None:
@@ -186,7 +184,7 @@ class Reservation:
                 shape = (len(chosen), part.cells)
                 raise InvalidArgument.of("checksums", given.shape, f"shape {shape}")
             work.sums[:] = given.reshape(work.sums.shape)
-        return await self._commit(chosen, part, work, deadline)
+        return await self.settle(chosen, part, work, deadline)
 
     async def abort(self) -> None:
         """Give back what was not committed; our copies into it have drained. Never raises for a
@@ -269,7 +267,7 @@ class Reservation:
             granted=self.region,
         )
 
-    async def _work(
+    async def move(
         self,
         indices: Sequence[int],
         sources: Sequence[Block] | None,
@@ -307,7 +305,7 @@ class Reservation:
             region.head_start - own.head_start : region.head_stop - own.head_start,
         ]
 
-    async def _commit(
+    async def settle(
         self, indices: Sequence[int], region: Region, work: Writing, deadline: Deadline
     ) -> npt.NDArray[np.uint8]:
         if self._link.lost is not None:
@@ -382,134 +380,3 @@ def permits_of(packed: bytes, count: int) -> list[bytes]:
     if len(packed) != count * PERMIT_BYTES:
         raise KVError(f"the hub sent {len(packed)} bytes of permits for {count} blocks")
     return [packed[i : i + PERMIT_BYTES] for i in range(0, len(packed), PERMIT_BYTES)]
-
-
-class Push:
-    """One push: windows of blocks are reserved, copied and committed, each step of one window
-    while the others do theirs. `verdicts` fills with PushVerdict. The caller of `run` cancels it at
-    the deadline.
-    """
-
-    def __init__(
-        self, namespace: AsyncNamespace, *, hashes: list[bytes], parents: list[bytes],
-        tokens: list[int], sources: list[Block], region: Region, durable: bool, wait_s: float,
-        deadline: Deadline,
-    ) -> None:  # fmt: skip
-        self._namespace = namespace
-        self._hashes = hashes
-        self._parents = parents
-        self._tokens = tokens
-        self._sources = sources
-        self._region = region
-        self._durable = durable
-        self._wait_s = wait_s
-        self._deadline = deadline
-        self._open: set[Reservation] = set()
-        self.verdicts = np.full(len(hashes), PushVerdict.NO_SPACE, np.uint8)
-
-    async def run(self) -> None:
-        windows = list(self._windows(range(len(self._hashes))))
-        tasks: list[asyncio.Task[object]] = []
-        try:
-            if len(windows) == 1:  # there is nothing to overlap with
-                await self._whole(windows[0])
-            else:
-                await self._pipelined(windows, tasks)
-            await self._once_more()
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for reservation in self._open:
-                self._namespace.session.background(reservation.abort())
-            raise
-
-    async def _once_more(self) -> None:
-        """What found no space while this push itself held some is tried again, one window at a
-        time, as long as that helps.
-        """
-        left = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
-        while left and len(left) < len(self.verdicts):
-            for window in self._windows(left):
-                await self._whole(window)
-            before, left = left, np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
-            if len(left) == len(before):
-                return
-
-    async def _whole(self, window: list[int]) -> None:
-        reservation = await self._reserve(window)
-        await self._finish(window, reservation, await self._copy(window, reservation))
-
-    async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[object]]) -> None:
-        loop = asyncio.get_running_loop()
-        reserving = loop.create_task(self._reserve(windows[0]))
-        tasks.append(reserving)
-        finishing: list[asyncio.Task[None]] = []
-        for number, window in enumerate(windows):
-            reservation = await reserving
-            if number + 1 < len(windows):
-                if len(finishing) > 1:
-                    await finishing.pop(0)
-                reserving = loop.create_task(self._reserve(windows[number + 1]))
-                tasks.append(reserving)
-            work = await self._copy(window, reservation)
-            finishing.append(loop.create_task(self._finish(window, reservation, work)))
-            tasks.append(finishing[-1])
-        for task in finishing:
-            await task
-
-    def _windows(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        grid = self._namespace.grid
-        limits = self._namespace.session.link.limits
-        room = min(PUSH_WINDOW_BYTES, max(limits.window_bytes_max // 2, 1))
-        window: list[int] = []
-        used = 0
-        for index in indices:
-            size = grid.region_bytes(self._region, self._tokens[index])
-            if window and (used + size > room or len(window) >= limits.keys_per_call_max):
-                yield window
-                window, used = [], 0
-            window.append(index)
-            used += size
-        if window:
-            yield window
-
-    async def _reserve(self, window: list[int]) -> Reservation:
-        reservation = await self._namespace.reserve_within(
-            self._deadline,
-            [self._hashes[i] for i in window],
-            [self._parents[i] for i in window],
-            [self._tokens[i] for i in window],
-            region=self._region,
-            wait_s=self._wait_s,
-            durable=self._durable,
-        )
-        self._open.add(reservation)
-        for position, index in enumerate(window):
-            self.verdicts[index] = reservation.verdicts[position]  # WRITE until it is committed
-        return reservation
-
-    async def _copy(self, window: list[int], reservation: Reservation) -> Writing | None:
-        if not reservation.writable:
-            return None
-        sources = [self._sources[window[position]] for position in reservation.writable]
-        return await reservation._work(reservation.writable, sources, self._region, None)
-
-    async def _finish(
-        self, window: list[int], reservation: Reservation, work: Writing | None
-    ) -> None:
-        if work is not None:
-            answers = await reservation._commit(
-                reservation.writable, self._region, work, self._deadline
-            )
-            for position, answer in zip(reservation.writable, answers.tolist(), strict=True):
-                self.verdicts[window[position]] = _PUSHED[answer]
-        await reservation.abort()
-        self._open.discard(reservation)
-
-
-_PUSHED = {
-    int(CommitVerdict.OK): PushVerdict.WRITTEN,
-    int(CommitVerdict.GONE): PushVerdict.GONE,
-    int(CommitVerdict.MISMATCH): PushVerdict.MISMATCH,
-}

@@ -117,6 +117,11 @@ class ShmServer:
     def address(self) -> str:
         return str(self._path)
 
+    @property
+    def offer(self) -> tuple[str, dict[str, str]]:
+        """Address and options, for HelloReply."""
+        return self.address, {"calls": "1"} if self._calls is not None else {}
+
     def serve_calls(self, calls: Calls) -> None:
         """From now on connections for calls are taken, and go to `calls`."""
         self._calls = calls

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvclient import InvalidArgument, Tls
-from kvclient.session import Options
+from kvclient.options import Options
 from kvserver_vllm.errors import ConfigError
 
 

@@ -28,7 +28,7 @@ from kvproto import nixlib
 from kvproto.rdma import rdma_devices
 
 if TYPE_CHECKING:
-    from kvclient.session import Options
+    from kvclient.options import Options
 
 TRANSPORTS = ("shm", "nixl", "tcp")  # what this client speaks, best first
 Message = Any

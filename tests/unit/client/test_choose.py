@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvclient import Tls, Unavailable, Unsupported
-from kvclient.session import Options
+from kvclient.options import Options
 from kvclient.timing import Deadline
 from kvclient.transfer import choose
 from kvproto import nixlib
