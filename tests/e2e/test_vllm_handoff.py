@@ -20,8 +20,10 @@ from tests.support.kv_oracle import (
     cells,
     page_complaints,
     wait_connected,
+    wait_pushed,
 )
 from tests.support.server import ServerProcess
+from tests.support.timeline import Timeline
 from tests.support.tiny_models import DEMO, prompt, write_model
 from tests.support.ways import Way
 
@@ -33,6 +35,7 @@ LENGTHS = (20, 127, 129, 300, 384)
 PROMPTS = [prompt(100 + length, length, DEMO) for length in LENGTHS]
 LONG = prompt(1, 1000, DEMO)
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False}
+DECODE_LEG = {"do_remote_prefill": True, "do_remote_decode": False}
 
 
 @dataclass
@@ -43,13 +46,12 @@ class Pair:
     prefill_log: Path
     decode_log: Path
     alone: dict[int, Generated]
+    model: Path
 
     def hand_off(self, tokens: list[int]) -> Generated:
         """Both legs one after the other, as a proxy does."""
-        before = len(cells(read_events(self.prefill_log), "pushed"))
         first = self.prefill.generate(tokens, tokens=1, transfer=PREFILL_LEG)
         assert first.params is not None
-        assert len(cells(read_events(self.prefill_log), "pushed")) >= before
         return self.decode.generate(tokens, tokens=TOKENS, transfer=first.params)
 
     def events(self, log: Path, name: str) -> list[dict[str, Any]]:
@@ -80,7 +82,7 @@ def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 engine.generate(prompt(98, 40, DEMO), tokens=2)
             wait_connected(path / "p.jsonl")
             wait_connected(path / "d.jsonl")
-            yield Pair(server, *engines, path / "p.jsonl", path / "d.jsonl", alone)
+            yield Pair(server, *engines, path / "p.jsonl", path / "d.jsonl", alone, model)
         finally:
             for engine in engines:
                 engine.close()
@@ -111,3 +113,73 @@ def test_the_tails_pages_are_pulled_as_they_were_pushed(
     names = {h.hex() for tokens in PROMPTS for h in prefix_hashes(tokens, BLOCK, tail=True)}
     assert {name for name, _ in pulled} == names
     assert page_complaints(pushed, pulled) == []
+
+
+# ---- streamed --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def streamed(pair: Pair, answers: list[Generated]) -> Generated:
+    """Both legs at once: the decode engine asks while the prompt is being computed."""
+    first = pair.prefill.begin([LONG], tokens=1, transfer=PREFILL_LEG)
+    second = pair.decode.begin([LONG], tokens=TOKENS, transfer=DECODE_LEG)
+    pair.prefill.finish(first)
+    return pair.decode.finish(second)[0]
+
+
+def test_a_streamed_answer_is_a_lone_engines_and_computes_one_token(
+    pair: Pair, streamed: Generated
+) -> None:
+    assert answer_complaints(streamed, pair.alone[len(LONG)]) == []
+    last = pair.events(pair.decode_log, "scheduled")[-1]
+    assert (last["tokens"], last["left"]) == (1, 1)
+    pulled = cells(read_events(pair.decode_log), "pulled")
+    names = {h.hex() for h in prefix_hashes(LONG, BLOCK, tail=True)}
+    assert names <= {name for name, _ in pulled}
+    assert page_complaints(cells(read_events(pair.prefill_log), "pushed"), pulled) == []
+
+
+def test_layers_are_fetched_while_the_prompt_is_computed(pair: Pair, streamed: Generated) -> None:
+    line = Timeline.of(read_events(pair.prefill_log), DEMO.layers)
+    assert line.chunks == 4
+    fetched = [e for e in pair.events(pair.decode_log, "fetched") if e["t"] > line.began]
+    assert len(fetched) == 4 * 8, "four groups of layers of eight blocks"
+    early = [event for event in fetched if event["t"] < line.ended]
+    assert len(early) >= len(fetched) / 2
+
+
+def test_most_bytes_are_committed_before_the_last_layer_of_the_last_chunk(
+    pair: Pair, streamed: Generated
+) -> None:
+    assert Timeline.of(read_events(pair.prefill_log), DEMO.layers).early_share >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_last_commit_follows_the_prefill_at_once(pair: Pair, streamed: Generated) -> None:
+    line = Timeline.of(read_events(pair.prefill_log), DEMO.layers)
+    assert line.last_commit_s <= 1.5 * line.layer_s + 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_control_without_the_layer_hooks_everything_is_pushed_late(
+    way: Way, pair: Pair, tmp_path: Path
+) -> None:
+    config = hub_config(
+        pair.server.address,
+        role="kv_producer",
+        event_log=tmp_path / "p.jsonl",
+        layerwise_push=False,
+        tenant="",
+        **way.settings(pair.server),
+        **PATIENT,
+    )
+    other = prompt(2, len(LONG), DEMO)
+    with Engine.start(pair.model, config=config, max_num_batched_tokens=CHUNK) as engine:
+        engine.generate(prompt(98, 40, DEMO), tokens=2)
+        wait_connected(tmp_path / "p.jsonl")
+        engine.generate(other, tokens=1, transfer=PREFILL_LEG)
+        wait_pushed(tmp_path / "p.jsonl", len(other) // BLOCK)
+    line = Timeline.of(read_events(tmp_path / "p.jsonl"), DEMO.layers)
+    assert line.early_share < 0.8

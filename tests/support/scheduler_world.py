@@ -18,7 +18,7 @@ from kvproto.prefix import prefix_hashes
 from kvserver_vllm.common import Answer
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
-from kvserver_vllm.messages import RankReport, StepMeta
+from kvserver_vllm.messages import FetchProgress, RankReport, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
 
 BLOCK = 128
@@ -169,8 +169,11 @@ class World:
         saved: dict[int, int] | None = None,
         failed: dict[str, int] | None = None,
         received: set[str] | None = None,
+        fetched: dict[str, FetchProgress] | None = None,
     ) -> None:
-        report = RankReport(saved or {}, failed or {}) if saved or failed else None
+        """News of the one rank."""
+        news = {name: {0: progress} for name, progress in (fetched or {}).items()}
+        report = RankReport(saved or {}, failed or {}, news) if saved or failed or news else None
         self.half.ranks_reported(report, received or set())
 
     def pinned(self, table: Sequence[int]) -> list[int]:

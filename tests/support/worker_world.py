@@ -56,6 +56,19 @@ class FakeNamespace:
         self.refused: set[bytes] = set()
         self.corrupt: set[bytes] = set()
         self.regions: list[Region] = []
+        self.filling: dict[bytes, int] = {}  # stored blocks of which only so many layers are there
+        self.moved = asyncio.Event()
+        self.held = 0  # parts granted and not released
+
+    def wrote(self, name: bytes, layers: int) -> None:
+        """A writer has come so far with a block; negative: it is gone."""
+        self.filling[name] = layers
+        if layers < 0:
+            del self.stored[name]
+        elif layers == LAYERS:
+            del self.filling[name]
+        self.moved.set()
+        self.moved = asyncio.Event()
 
     async def enter(self) -> None:
         await self.gate.wait()
@@ -114,6 +127,7 @@ class FakeReservation:
 class FakeStream:
     def __init__(self, namespace: FakeNamespace, hashes: list[bytes], region: Region) -> None:
         self.region = region
+        self.missing: list[int] = []
         self._namespace = namespace
         self._left = [i for i, h in enumerate(hashes) if h in namespace.stored]
         self._hashes = hashes
@@ -128,30 +142,41 @@ class FakeStream:
         return self
 
     async def __anext__(self) -> FakeGranted:
-        await self._namespace.enter()
-        if not self._left:
-            raise StopAsyncIteration
-        index = self._left.pop(0)
-        name = self._hashes[index]
-        return FakeGranted(index, self._namespace.stored[name], name not in self._namespace.corrupt)
+        namespace, region = self._namespace, self.region
+        await namespace.enter()
+        while self._left:
+            index = self._left.pop(0)
+            name = self._hashes[index]
+            while 0 <= namespace.filling.get(name, LAYERS) < region.layer_stop:
+                await namespace.moved.wait()
+            if name not in namespace.stored:
+                self.missing.append(index)
+                continue
+            cells = namespace.stored[name][region.layer_start : region.layer_stop]
+            return FakeGranted(namespace, index, cells, name not in namespace.corrupt)
+        raise StopAsyncIteration
 
 
 class FakeGranted:
     tier = 2
 
-    def __init__(self, index: int, cells: np.ndarray, good: bool) -> None:
+    def __init__(self, namespace: FakeNamespace, index: int, cells: np.ndarray, good: bool) -> None:
         self.index, self.cells, self._good = index, cells, good
+        self.tokens = cells.shape[2] * TOKENS
+        self._namespace = namespace
+        namespace.held += 1
 
     def verify(self) -> bool:
         return self._good
 
     async def release(self) -> None:
-        return None
+        self._namespace.held -= 1
 
 
 class FakeLink:
     keys_max = 3
     window_bytes_max = 1 << 30
+    wait_s_max = 60.0
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()

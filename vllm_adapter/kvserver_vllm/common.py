@@ -64,6 +64,7 @@ class Tracked:
         self.missed = False
         self.blocked_since: float | None = None
         self.waits_since: float | None = None  # for another engine's blocks
+        self.fetch_refused = False
         self.progress = 0
         self.progress_at = 0.0
         self.matched_from = 0

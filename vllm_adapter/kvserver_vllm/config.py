@@ -53,8 +53,15 @@ class Settings:
     what computing them is estimated to take. 0: never."""
     window_bytes: int = 0
     """Bytes one load may hold leased at once. Default 0: the hub's maximum."""
+    staging_bytes: int = 1 << 30
+    """Bytes of blocks that a rank may hold for requests which wait for an engine that is still
+    writing, or for blocks of this one. 0: none; such requests wait and are loaded from the hub."""
     push: bool = True
     """Whether computed blocks are pushed (kv_producer and kv_both)."""
+    layerwise_push: bool = True
+    """Whether layers are pushed while the next ones are computed, as far as vLLM calls its layer
+    hooks: replayed full CUDA graphs do not. Written out as true, vLLM is asked for piecewise graphs
+    instead; false pushes everything after the step."""
     pin_ms: int = 250
     """Longest that pages stay pinned for a push after the step that computed them."""
     jobs_max: int = 256
@@ -98,7 +105,7 @@ class Settings:
 
 _TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
 _TEXTS = ("address", "tenant", "cache_dir", "event_log", "transport", *_TLS)
-_FLAGS = ("push", "direct")
+_FLAGS = ("push", "direct", "layerwise_push")
 _LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}
 
 

@@ -152,6 +152,12 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> PromFigures:
         return PromFigures(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Only where the configuration says so: vLLM's default runs prefills piecewise already, and
+        a decode engine keeps its full graphs."""
+        return extra_config.get("layerwise_push") is True
+
     def shutdown(self) -> None:
         if not self._closed:
             self._closed = True
@@ -185,6 +191,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             stage=stage,
             head_start=head_range(config, tp_rank)[0],
             pushes=tp_rank % replicas(config) == 0,
+            rank=int(parallel.rank),
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -1,4 +1,4 @@
-"""The event log: one JSON line per lookup, save, commit and pull.
+"""The event log: one JSON line per lookup, save, commit, fetched part and pull.
 
 Off unless `event_log` is set. Times are CLOCK_MONOTONIC seconds, which all processes of a machine
 share. A line is one append, so that the halves of several engines may write one file.

@@ -161,6 +161,11 @@ class HubLink:
         """Bytes that one read may hold leased at once."""
         return self._limits.window_bytes_max
 
+    @property
+    def wait_s_max(self) -> float:
+        """Seconds that one read may wait for blocks that are being written."""
+        return self._limits.wait_s_max
+
     # ---- called on the link's thread ---------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -1,14 +1,15 @@
 """Loads: hub blocks on their way into blocks of the engine.
 
 Rules:
-  1. Loads are asynchronous only, one per request, and bounded in the engine blocks they hold.
+  1. Loads are asynchronous only, one per request, and bounded in the engine blocks they hold. One
+     that would take much of what is free is fetched first (fetches.py).
   2. One pull per prefix: an equal prompt waits for the first one's blocks where vLLM caches them.
   3. A failed load is remembered, for the request and, for a moment, for the keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvserver_vllm.common import Common, Tracked
@@ -19,6 +20,8 @@ FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
 TIERS = {1: "device", 2: "host", 3: "disk"}
 """As the hub numbers them."""
+DIRECT_SHARE = 4
+"""A load that needs more than 1/4 of the free blocks is fetched first, without holding any."""
 LOADING_SHARE = 2
 """Of the pool's blocks, 1/2 may wait for loads; the next load waits its turn."""
 
@@ -30,6 +33,8 @@ class Load:
     job: LoadJob
     start: int
     engine_blocks: int
+    tokens: int
+    ordered_at: float
     failed: int | None = None
 
 
@@ -39,7 +44,7 @@ class Loads:
     def __init__(self, common: Common) -> None:
         self._common = common
         self._active: dict[str, Load] = {}
-        self._loading: set[bytes] = set()
+        self._claims: dict[bytes, str] = {}  # key -> the request that gets it
         self._failed_keys: dict[bytes, float] = {}
         self._outgoing: list[LoadJob] = []
         self._aborts: list[str] = []
@@ -62,17 +67,47 @@ class Loads:
     def must_queue(self, tracked: Tracked, usable: int, computed: int) -> bool:
         """Whether the load has to wait: for an equal prefix, or for its share of blocks."""
         common = self._common
-        wanted = tracked.keys(computed // common.block, usable)
-        if common.prefix_caching and any(key in self._loading for key in wanted):
+        if self.claimed(tracked, usable, computed):
             return True
         if not self._active or common.pool is None:
             return False
         waiting = sum(load.engine_blocks for load in self._active.values())
-        needed = -(-(common.covered(tracked, usable) - computed) // common.engine_block)
+        needed = self._needed(tracked, usable, computed)
         return waiting + needed > int(common.pool.num_gpu_blocks) // LOADING_SHARE
 
-    def start(self, tracked: Tracked, block_ids: Sequence[int], tokens: int) -> None:
-        """The engine gave blocks to a request whose `tokens` come from the hub."""
+    def claimed(self, tracked: Tracked, usable: int, computed: int) -> bool:
+        """Whether another request gets some of these blocks, and vLLM will have them cached."""
+        if not self._common.prefix_caching or not self._claims:
+            return False
+        wanted = tracked.keys(computed // self._common.block, usable)
+        mine = tracked.request.request_id
+        return any(self._claims.get(key, mine) != mine for key in wanted)
+
+    def claim(self, request: str, keys: Iterable[bytes]) -> None:
+        """This request gets these blocks: others wait for them."""
+        for key in keys:
+            self._claims.setdefault(key, request)
+
+    def unclaim(self, request: str) -> None:
+        self._claims = {key: owner for key, owner in self._claims.items() if owner != request}
+
+    def crowds(self, tracked: Tracked, usable: int, computed: int) -> bool:
+        """Whether so many blocks, waiting for the hub, would leave others too few."""
+        pool = self._common.pool
+        if pool is None:
+            return False
+        free = int(pool.get_num_free_blocks())
+        return self._needed(tracked, usable, computed) > free // DIRECT_SHARE
+
+    def _needed(self, tracked: Tracked, usable: int, computed: int) -> int:
+        """Engine blocks of a load."""
+        tokens = self._common.covered(tracked, usable) - computed
+        return -(-tokens // self._common.engine_block)
+
+    def start(
+        self, tracked: Tracked, block_ids: Sequence[int], tokens: int, *, fetched: bool
+    ) -> None:
+        """The engine gave blocks to a request whose `tokens` come from the hub, or from a fetch."""
         common = self._common
         request = tracked.request.request_id
         begin, stop = tracked.matched_from, tracked.matched_from + tokens
@@ -86,9 +121,10 @@ class Loads:
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
         deadline = max(0.0, common.settings.load_deadline_ms / 1e3 - waited)
-        job = LoadJob(request, blocks, deadline)
-        self._active[request] = Load(job, first, -(-tokens // common.engine_block))
-        self._loading.update(block.hash for block in blocks)
+        job = LoadJob(request, blocks, deadline, fetched)
+        needed = -(-tokens // common.engine_block)
+        self._active[request] = Load(job, first, needed, tokens, now)
+        self.claim(request, (block.hash for block in blocks))
         self._outgoing.append(job)
         common.count("loads")
         for tier, known in self.tiers_of(tracked, tokens).items():
@@ -112,8 +148,11 @@ class Loads:
         load = self._active.pop(request, None)
         if load is None:
             return
-        self._loading.difference_update(block.hash for block in load.job.blocks)
+        self.unclaim(request)
         if load.failed is None:
+            if not load.job.fetched:
+                common = self._common
+                common.pace.loaded(load.tokens, common.clock() - load.ordered_at)
             if tracked is not None:
                 tracked.blocked_since = None
             return

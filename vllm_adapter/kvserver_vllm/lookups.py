@@ -14,6 +14,7 @@ from typing import Any
 
 from kvserver_vllm.chain import Chain
 from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.fetches import Fetches
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.patience import Patience
 
@@ -30,9 +31,10 @@ POLL_S = 0.02
 class Lookups:
     """Asks the hub, and says what a request may take from it."""
 
-    def __init__(self, common: Common, loads: Loads, patience: Patience) -> None:
+    def __init__(self, common: Common, loads: Loads, fetches: Fetches, patience: Patience) -> None:
         self._common = common
         self._loads = loads
+        self._fetches = fetches
         self._patience = patience
 
     def begin(self, tracked: Tracked) -> None:
@@ -112,18 +114,53 @@ class Lookups:
         answer = tracked.answer
         if answer is None or tracked.missed or not self._common.loads:
             return 0, False
+        if self._fetches.of(tracked) is not None:
+            return self._fetched(tracked, computed, now)
         if now - tracked.answered_at > FRESH_S:
             self._ask(tracked, pin_s=PIN_S)
             return self._later(tracked, now)
         usable = self._loads.without_failed(tracked, answer.usable, now)
-        if usable == answer.usable and self._patience.waits(
-            tracked, answer, tracked.asked_blocks, now
-        ):
+        longest = self._patience.left(tracked, answer, now) if usable == answer.usable else 0.0
+        if longest > 0:
+            if self._begin_fetch(tracked, answer.live, computed, longest):
+                return None, False
             if now - tracked.asked_at >= POLL_S:
                 self._ask(tracked, pin_s=0.0)
             return self._later(tracked, now)
         tokens = self._common.covered(tracked, usable) - computed
         if tokens < self._least(tracked, computed):
+            return 0, False
+        if self._loads.crowds(tracked, usable, computed):
+            longest = self._common.settings.load_deadline_ms / 1e3
+            if self._begin_fetch(tracked, usable, computed, longest):
+                return None, False
+        if self._loads.must_queue(tracked, usable, computed):
+            return self._later(tracked, now)
+        tracked.matched_from = computed
+        return tokens, True
+
+    def _begin_fetch(self, tracked: Tracked, blocks: int, computed: int, longest: float) -> bool:
+        """Have the ranks get hold of the blocks up to `blocks`, without blocks of the engine."""
+        common, start = self._common, computed // self._common.block
+        tokens = common.covered(tracked, blocks) - computed
+        if tracked.fetch_refused or not common.settings.staging_bytes:
+            return False
+        if tokens < self._least(tracked, computed):
+            return False
+        if self._loads.claimed(tracked, blocks, computed):
+            return False
+        self._fetches.begin(tracked, start, blocks, longest)
+        return True
+
+    def _fetched(self, tracked: Tracked, computed: int, now: float) -> tuple[int | None, bool]:
+        """A fetch runs: wait for it without blocks, or plan a load of what it has."""
+        usable = self._fetches.usable(tracked, now)
+        if usable is None:
+            return None, False
+        tokens = self._common.covered(tracked, usable) - computed
+        if tokens < self._least(tracked, computed):
+            tracked.missed = True
+            self._fetches.drop(tracked.request.request_id)
             return 0, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)

@@ -56,6 +56,34 @@ class SaveJob:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchJob:
+    """Blocks that a rank is to get hold of before the request has blocks of the engine. A LoadJob
+    with `fetched` follows, or the request stands in `StepMeta.drops`."""
+
+    request: str
+    hashes: tuple[bytes, ...]
+    tokens: tuple[int, ...]
+    wait_s: float
+    """How long to wait for blocks that are being written."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far one rank has come with a FetchJob."""
+
+    whole: int = 0
+    """Blocks from the first one on of which it has everything."""
+    cells: int = 0
+    """Grows with each part that arrives."""
+    near: bool = False
+    """The rest is there, or will be at once."""
+    ended: bool = False
+    """Nothing more will come."""
+    refused: bool = False
+    """Its staging has no room; nothing was begun."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadJob:
     """Blocks to load for one request, in chain order. Every rank reports `request` once."""
 
@@ -63,6 +91,8 @@ class LoadJob:
     blocks: tuple[BlockPages, ...]
     deadline_s: float
     """Seconds from the start of the load."""
+    fetched: bool = False
+    """Take them from the request's FetchJob."""
 
 
 @dataclass
@@ -74,6 +104,9 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
     """First layer of each pipeline rank in the namespace's grid."""
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
+    fetches: list[FetchJob] = field(default_factory=list)
+    drops: list[str] = field(default_factory=list)
+    """Requests whose fetch is no longer wanted."""
     aborts: list[str] = field(default_factory=list)
     """Requests whose load is no longer wanted; they are reported all the same."""
 
@@ -86,6 +119,8 @@ class RankReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Job -> ranks that no longer touch its pages."""
     failed: dict[str, int] = field(default_factory=dict)
     """Request -> position in its LoadJob of the first block that did not arrive."""
+    fetched: dict[str, dict[int, FetchProgress]] = field(default_factory=dict)
+    """Request -> rank -> the latest word on its fetch."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
         assert isinstance(other, RankReport)
@@ -95,4 +130,7 @@ class RankReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         failed = dict(self.failed)
         for request, position in other.failed.items():
             failed[request] = min(failed.get(request, position), position)
-        return RankReport(saved, failed)
+        fetched = {request: dict(ranks) for request, ranks in self.fetched.items()}
+        for request, progress in other.fetched.items():
+            fetched.setdefault(request, {}).update(progress)
+        return RankReport(saved, failed, fetched)

@@ -12,9 +12,9 @@ Rules:
 from __future__ import annotations
 
 from kvserver_vllm.common import Answer, Common, Tracked
+from kvserver_vllm.fetches import STALL_S
 from kvserver_vllm.saves import Saves
 
-STALL_S = 1.0
 OWN_SHARE = 1.5
 
 
@@ -25,24 +25,27 @@ class Patience:
         self._common = common
         self._saves = saves
 
-    def waits(self, tracked: Tracked, answer: Answer, blocks: int, now: float) -> bool:
-        """Whether to ask again: `blocks` are wanted, and the hub's last word is `answer`."""
+    def left(self, tracked: Tracked, answer: Answer, now: float) -> float:
+        """Seconds for which it may go on waiting, 0 when it is to take what there is: the hub's
+        last word on the blocks that were asked for is `answer`."""
+        blocks = tracked.asked_blocks
         if answer.usable >= blocks:
-            return False
-        settings = self._common.settings
+            return 0.0
         if tracked.waits_since is None:
             tracked.waits_since = tracked.progress_at = now
         elif answer.usable > tracked.progress:
             tracked.progress_at = now
         tracked.progress = answer.usable
-        waited = now - tracked.waits_since
-        if waited >= self._longest(tracked, answer, blocks):
-            return False
+        left = tracked.waits_since + self._longest(tracked, answer, blocks) - now
         if answer.live > answer.usable:
             if self._saves.own(tracked.keys(answer.usable, answer.usable + 1)[0]):
-                return False
-            return now - tracked.progress_at < STALL_S
-        return tracked.handed and now - tracked.arrived_at < settings.intent_wait_ms / 1e3
+                return 0.0
+            stalled = now - tracked.progress_at >= STALL_S
+            return 0.0 if stalled else max(left, 0.0)
+        if not tracked.handed:
+            return 0.0
+        intent = tracked.arrived_at + self._common.settings.intent_wait_ms / 1e3
+        return max(min(left, intent - now), 0.0)
 
     def _longest(self, tracked: Tracked, answer: Answer, blocks: int) -> float:
         common = self._common

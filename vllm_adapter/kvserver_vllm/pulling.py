@@ -19,6 +19,7 @@ from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import SKIP
 from kvserver_vllm.messages import LoadJob, StepMeta
 from kvserver_vllm.rank import Rank
+from kvserver_vllm.staging import Stagings
 
 logger = logging.getLogger("vllm.kvserver")
 
@@ -33,6 +34,7 @@ class Pulls:
         self._rank = rank
         self._direct = Direct(rank)
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self.stagings = Stagings(rank)
 
     def abort(self, request: str) -> None:
         task = self._loads.get(request)
@@ -49,7 +51,8 @@ class Pulls:
         started = time.monotonic()
         try:
             async with asyncio.timeout(job.deadline_s):
-                await self._pull(meta, job, missing)
+                bring = self.stagings.land if job.fetched else self._pull
+                await bring(meta, job, missing)
         except (KVError, TimeoutError) as error:
             self._rank.link.doubt(error)
         except asyncio.CancelledError:
@@ -58,6 +61,7 @@ class Pulls:
             logger.exception("kvserver: a load failed; its blocks are recomputed")
         finally:
             self._loads.pop(job.request, None)
+            self.stagings.drop(job.request)
         if missing:
             await self._direct.quiet(job.blocks)
         if not aborted:

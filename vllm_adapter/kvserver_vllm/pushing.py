@@ -110,12 +110,19 @@ class Pushes:
                 straight = self._straight(job, blocks)
                 staged = [index for index in blocks if index not in straight]
                 last = await self._push_layers(job, step, reservation, staged, straight, region)
-                let_go.set()
-                self._let_go(job)
+                log = self._rank.log
+                if not log.on:  # otherwise the pages are hashed first
+                    let_go.set()
+                    self._let_go(job)
                 if last is not None:
-                    await self._commit(job, reservation, staged, last)
+                    await self._commit(job, reservation, staged, *last)
                     self._rank.figures.took("push_seconds", time.monotonic() - started)
-                    self._rank.log.write("push_done", job=job.job, blocks=len(blocks))
+                    for index in blocks if log.on else ():
+                        self._rank.log_cells("pushed", job.blocks[index].pages, region, job, index)
+                    log.write("push_done", job=job.job, blocks=len(blocks))
+                if not let_go.is_set():
+                    let_go.set()
+                    self._let_go(job)
         except (KVError, TimeoutError) as error:
             self._lose("saves_dropped.hub", job, str(error))
             link.doubt(error)
@@ -138,14 +145,15 @@ class Pushes:
     async def _push_layers(
         self, job: SaveJob, step: Step, reservation: Reservation, staged: list[int],
         straight: list[int], region: Region,
-    ) -> Region | None:  # fmt: skip
+    ) -> tuple[Region, float] | None:  # fmt: skip
         """Copy layers as they become ready and commit them, but for the last stretch of what is
-        staged, which is returned: its commit needs no pages. None when there is nothing to write,
-        or no time."""
+        staged, which is returned, with when its copy began: its commit needs no pages. None when
+        there is nothing to write, or no time."""
         pages = self._rank.pages
         done, first = 0, region.layer_start
         while staged or straight:
             ready = await step.beyond(done)
+            began = time.monotonic()
             for index in staged:
                 if time.monotonic() > step.deadline:
                     self._lose("saves_dropped.late", job, "its pages were needed")
@@ -158,11 +166,8 @@ class Pushes:
             done = ready
             if done == pages.layers:
                 break
-            await self._commit(job, reservation, staged, stretch)
-        if self._rank.log.on:
-            for index in sorted([*staged, *straight]):
-                self._rank.log_cells("pushed", job.blocks[index].pages, region, job, index)
-        return stretch if staged or straight else None
+            await self._commit(job, reservation, staged, stretch, began)
+        return (stretch, began) if staged or straight else None
 
     def _straight(self, job: SaveJob, blocks: list[int]) -> list[int]:
         """Which of them go straight from their pages."""
@@ -177,21 +182,24 @@ class Pushes:
     ) -> None:  # fmt: skip
         """Move and commit these layers of blocks that are not staged."""
         places = [self._direct.place(job.blocks[index], *layers) for index in blocks]
+        began = time.monotonic()
         sources = [place for place in places if place is not None]
         if sources:
             verdicts = await reservation.fill(blocks, sources, region=region)
-            self._committed(job, blocks, verdicts, region)
+            self._committed(job, blocks, verdicts, region, began)
 
     async def _commit(
-        self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region
-    ) -> None:
+        self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region,
+        began: float,
+    ) -> None:  # fmt: skip
         if blocks:
             verdicts = await reservation.commit(blocks, region=region)
-            self._committed(job, blocks, verdicts, region)
+            self._committed(job, blocks, verdicts, region, began)
 
     def _committed(
-        self, job: SaveJob, blocks: list[int], verdicts: npt.NDArray[np.uint8], region: Region
-    ) -> None:
+        self, job: SaveJob, blocks: list[int], verdicts: npt.NDArray[np.uint8], region: Region,
+        began: float,
+    ) -> None:  # fmt: skip
         whole = [blocks[at] for at in np.flatnonzero(verdicts == CommitVerdict.OK)]
         lost = len(blocks) - len(whole)
         pages = sum(len(job.blocks[index].pages) for index in whole)
@@ -205,4 +213,5 @@ class Pushes:
             heads=[region.head_start, region.head_stop],
             blocks=len(verdicts) - lost,
             lost=lost,
+            ms=round(1e3 * (time.monotonic() - began), 3),
         )

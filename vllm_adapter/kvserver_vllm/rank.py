@@ -19,7 +19,7 @@ from kvserver_vllm.events import EventLog
 from kvserver_vllm.figures import Recorder
 from kvserver_vllm.layout import SKIP, Pages
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.messages import LoadJob, SaveJob, StepMeta
+from kvserver_vllm.messages import FetchProgress, LoadJob, SaveJob, StepMeta
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Outbox:
     received: set[str] = field(default_factory=set)
     failed: dict[str, int] = field(default_factory=dict)
     invalid: set[int] = field(default_factory=set)
+    fetched: dict[str, FetchProgress] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Rank:
     pages: Pages
     stage: int
     head_start: int
+    index: int = 0
+    """Its number among all ranks of the engine."""
     outbox: Outbox = field(default_factory=Outbox)
     counters: dict[str, int] = field(default_factory=dict)
     queued: int = 0  # pushes under way

@@ -1,7 +1,7 @@
 """The scheduler half: decides, step by step, what is looked up, loaded and saved.
 
-This module holds the requests and dispatches; lookups.py, loads.py and saves.py hold the rules.
-One more stands here: `request_finished` always gives the blocks back.
+This module holds the requests and dispatches; lookups.py, fetches.py, loads.py and saves.py hold
+the rules. One more stands here: `request_finished` always gives the blocks back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from kvserver_vllm.common import Common, Hub, Tracked
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.fetches import Fetches
 from kvserver_vllm.figures import Recorder
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.lookups import Lookups
@@ -51,9 +52,10 @@ class SchedulerHalf:
             adapter_digest=adapter_digest,
         )
         self._loads = Loads(self._common)
+        self._fetches = Fetches(self._common, self._loads, ranks)
         self._saves = Saves(self._common, ranks)
         patience = Patience(self._common, self._saves)
-        self._lookups = Lookups(self._common, self._loads, patience)
+        self._lookups = Lookups(self._common, self._loads, self._fetches, patience)
         self._requests: dict[str, Tracked] = {}
         self._told = b""
         self._layer_start: dict[int, int] = {}
@@ -82,6 +84,8 @@ class SchedulerHalf:
 
     def forget(self) -> None:
         """Neither save nor look up for the requests at hand: their KV is of the time before."""
+        for request in self._requests:
+            self._fetches.drop(request)
         self._requests.clear()
         self._saves.forget()
         self._common.spec = b""
@@ -112,7 +116,8 @@ class SchedulerHalf:
         if tracked is None:
             return
         if tokens > 0:
-            self._loads.start(tracked, block_ids, tokens)
+            fetched = self._fetches.landing(tracked.request.request_id)
+            self._loads.start(tracked, block_ids, tokens, fetched=fetched)
         else:
             self._saves.announce(tracked)
 
@@ -125,6 +130,7 @@ class SchedulerHalf:
         """vLLM's request_finished, for whatever reason; `whole` unless it was aborted. Returns the
         kv_transfer_params of its answer: after a prefill leg, the hint for the decode leg."""
         tracked = self._requests.pop(request.request_id, None)
+        self._fetches.drop(request.request_id)
         self._loads.abort(request.request_id)
         if tracked is None:
             return None
@@ -139,10 +145,15 @@ class SchedulerHalf:
         """vLLM's build_connector_meta; reads `output` only."""
         self._common.pace.step_begins(self._common.clock(), self._prompt_tokens(output))
         loads, aborts = self._loads.take_orders()
+        fetches, drops = self._fetches.take_orders()
         meta = StepMeta(
-            loads=loads, aborts=aborts, saves=self._saves.orders(output, self._requests)
+            loads=loads,
+            aborts=aborts,
+            fetches=fetches,
+            drops=drops,
+            saves=self._saves.orders(output, self._requests),
         )
-        if meta.saves or meta.loads or self._told != self._common.spec:
+        if meta.saves or meta.loads or meta.fetches or self._told != self._common.spec:
             self._told = self._common.spec
             meta.spec, meta.layer_start = self._common.spec, self._layer_start
         return meta
@@ -169,10 +180,12 @@ class SchedulerHalf:
                 self._saves.released(job, ranks)
             for request_id, position in report.failed.items():
                 self._loads.failed(request_id, position)
+            for request_id, news in report.fetched.items():
+                self._fetches.reported(request_id, news)
         for request_id in received:
             self._loads.ended(request_id, self._requests.get(request_id))
 
     @property
     def has_pending_work(self) -> bool:
         """Whether ranks still owe reports: the engine keeps stepping meanwhile."""
-        return bool(self._saves.jobs or self._loads.aborting)
+        return bool(self._saves.jobs or self._loads.aborting or self._fetches.dropping)

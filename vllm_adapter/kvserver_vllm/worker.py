@@ -39,9 +39,11 @@ class WorkerHalf:
         stage: int,
         head_start: int,
         pushes: bool,
+        rank: int = 0,
     ) -> None:
-        """`layers` are this rank's layer names in order; `pushes` is False on replicas."""
-        self._rank = Rank(settings, link, log, pages, stage, head_start)
+        """`layers` are this rank's layer names in order; `pushes` is False on replicas; `rank` is
+        its number among all ranks of the engine."""
+        self._rank = Rank(settings, link, log, pages, stage, head_start, rank)
         self._layer = {name: index for index, name in enumerate(layers)}
         self._pushes = Pushes(self._rank, on=pushes)
         self._pulls = Pulls(self._rank)
@@ -77,7 +79,7 @@ class WorkerHalf:
     def layer_saved(self, name: str) -> None:
         """vLLM's save_kv_layer: this layer of the step is in the engine's pages."""
         step, log = self._step, self._rank.log
-        if step is None:
+        if step is None or not self._rank.settings.layerwise_push:
             return
         layer = self._layer.get(name)
         if layer is not None:
@@ -94,8 +96,13 @@ class WorkerHalf:
 
     def start_loads(self) -> None:
         """vLLM's start_load_kv."""
+        stagings = self._pulls.stagings
+        for fetch in self._meta.fetches:
+            self._call_soon(stagings.fetch, self._meta, fetch)
         for job in self._meta.loads:
             self._rank.link.submit(self._pulls.load(self._meta, job))
+        for request in self._meta.drops:
+            self._call_soon(stagings.drop, request)
         for request in self._meta.aborts:
             self._call_soon(self._pulls.abort, request)
 
@@ -117,8 +124,10 @@ class WorkerHalf:
         box = self._rank.outbox
         with box.lock:
             saved, box.saved = box.saved, {}
+            news, box.fetched = box.fetched, {}
         failed, self._report_failed = self._report_failed, {}
-        return RankReport(saved, failed) if saved or failed else None
+        fetched = {request: {self._rank.index: progress} for request, progress in news.items()}
+        return RankReport(saved, failed, fetched) if saved or failed or fetched else None
 
     def _call_soon(self, function: Any, *args: Any) -> None:
         try:

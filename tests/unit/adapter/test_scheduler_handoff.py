@@ -215,7 +215,8 @@ def test_without_the_hint_an_absent_key_is_a_miss_at_once(world: World) -> None:
     assert waited(world, request, 0, 0) == 0
 
 
-def test_a_live_writer_is_waited_for_until_it_makes_no_progress(world: World) -> None:
+def test_a_live_writer_is_waited_for_until_it_makes_no_progress() -> None:
+    world = World(settings={"staging_bytes": 0})
     request = world.new(FakeRequest("a", 900))
     world.hub.answer(2, live=7)
     assert waited(world, request, 2, 7) == pytest.approx(STALL_S, abs=0.06)
@@ -223,7 +224,7 @@ def test_a_live_writer_is_waited_for_until_it_makes_no_progress(world: World) ->
 
 
 def test_progress_prolongs_the_wait_up_to_handoff_wait_ms() -> None:
-    world = World(settings={"handoff_wait_ms": 3000})
+    world = World(settings={"handoff_wait_ms": 3000, "staging_bytes": 0})
     request = world.new(FakeRequest("a", 20 * BLOCK))
     world.hub.answer(0, live=20)
     began, usable = world.now, 0
@@ -243,7 +244,8 @@ def test_handoff_wait_ms_of_0_never_waits() -> None:
     assert world.match(request) == (256, True)
 
 
-def test_a_wait_costs_at_most_one_and_a_half_times_the_own_prefill(world: World) -> None:
+def test_a_wait_costs_at_most_one_and_a_half_times_the_own_prefill() -> None:
+    world = World(settings={"staging_bytes": 0})
     warm = world.new(FakeRequest("w", 1000, seed=5), usable=0)
     world.match(warm)
     world.alloc(warm)
@@ -265,7 +267,8 @@ def test_a_reservation_holder_never_waits(world: World) -> None:
     assert world.match(second) == (0, False)
 
 
-def test_a_step_of_decodes_says_nothing_about_prefilling(world: World) -> None:
+def test_a_step_of_decodes_says_nothing_about_prefilling() -> None:
+    world = World(settings={"staging_bytes": 0})
     request = world.new(FakeRequest("a", 300), usable=0)
     world.match(request)
     world.alloc(request)

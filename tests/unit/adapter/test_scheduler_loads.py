@@ -179,7 +179,7 @@ def test_time_spent_waiting_comes_off_the_loads_deadline(world: World) -> None:
 
 
 def test_loads_hold_at_most_their_share_of_the_pool() -> None:
-    world = World(blocks=60)
+    world = World(blocks=60, settings={"staging_bytes": 0})
     start_load(world, world.new(FakeRequest("a", 640, seed=1), usable=5))
     second = world.new(FakeRequest("b", 640, seed=2), usable=5)
     assert world.match(second) == (None, False)

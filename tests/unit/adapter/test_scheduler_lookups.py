@@ -179,7 +179,8 @@ def test_prompt_embeddings_are_keyed_by_their_bytes(world: World) -> None:
 # ---- waiting for another writer --------------------------------------------------------------
 
 
-def test_waits_for_blocks_that_another_engine_writes_holding_nothing(world: World) -> None:
+def test_waits_for_blocks_that_another_engine_writes_holding_nothing() -> None:
+    world = World(settings={"staging_bytes": 0})
     request = world.new(FakeRequest("a", 900))
     world.hub.answer(2, live=7)
     assert world.match(request) == (None, False)

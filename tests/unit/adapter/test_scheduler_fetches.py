@@ -1,0 +1,164 @@
+"""Fetches of the scheduler half: waiting for the hub without holding blocks of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvserver_vllm.fetches import STALL_S
+from kvserver_vllm.messages import FetchProgress, RankReport
+from tests.support.scheduler_world import BLOCK, FakeHub, FakeRequest, World
+
+DECODE_LEG = {"do_remote_prefill": True, "do_remote_decode": False}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while FakeHub.opened:
+        FakeHub.opened.pop().close()
+
+
+def streaming(world: World, name: str = "d", tokens: int = 900) -> FakeRequest:
+    """A request whose first two blocks are there and whose others another engine is writing."""
+    request = world.new(FakeRequest(name, tokens, kv_transfer_params=dict(DECODE_LEG)))
+    world.hub.answer(2, live=8)
+    assert world.match(request) == (None, False)
+    return request
+
+
+def test_a_prefix_that_is_being_written_is_fetched_without_blocks(world: World) -> None:
+    request = streaming(world)
+    (job,) = world.step().fetches
+    assert list(job.hashes) == request.hashes(tail=True)
+    assert job.tokens == (BLOCK,) * 7 + (900 - 7 * BLOCK,)
+    assert (world.tables, world.step().fetches) == ({}, [])
+    for cells in range(1, 20):
+        world.now += 0.5
+        world.report(fetched={"d": FetchProgress(whole=cells // 4, cells=cells)})
+        assert world.match(request) == (None, False)
+    world.report(fetched={"d": FetchProgress(whole=7, cells=31, near=True)})
+    assert world.match(request) == (900, True)
+    world.alloc(request, 900)
+    meta = world.step()
+    (load,) = meta.loads
+    assert (load.fetched, meta.drops) == (True, [])
+    assert [block.hash for block in load.blocks] == request.hashes(tail=True)
+    assert len(world.hub.lookups) == 1, "the hub is not asked again meanwhile"
+
+
+def test_without_progress_what_is_whole_is_loaded(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(whole=3, cells=14)})
+    world.now += STALL_S - 0.01
+    assert world.match(request) == (None, False)
+    world.now += 0.02
+    assert world.match(request) == (3 * BLOCK, True)
+    world.alloc(request, 3 * BLOCK)
+    (load,) = world.step().loads
+    assert (load.fetched, len(load.blocks)) == (True, 3)
+
+
+def test_a_writer_that_is_gone_ends_it_at_once(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(whole=2, cells=8, ended=True)})
+    assert world.match(request) == (2 * BLOCK, True)
+
+
+def test_where_nothing_came_the_request_computes_and_the_fetch_is_dropped(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(ended=True)})
+    assert world.match(request) == (0, False)
+    assert world.step().drops == ["d"]
+    assert world.match(request) == (0, False)
+
+
+def test_ranks_that_cannot_be_heard_are_not_waited_for(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.now += STALL_S
+    assert world.match(request) == (0, False)
+    assert world.half.has_pending_work
+    assert world.step().drops == ["d"]
+    assert not world.half.has_pending_work
+
+
+def test_all_ranks_count() -> None:
+    world = World(options={"ranks": 2})
+    request = streaming(world)
+    world.step()
+    near = FetchProgress(whole=7, cells=31, near=True)
+    world.half.ranks_reported(RankReport(fetched={"d": {0: near}}), set())
+    assert world.match(request) == (None, False)
+    slow = FetchProgress(whole=5, cells=20, ended=True)
+    merged = RankReport(fetched={"d": {1: slow}}).aggregate(RankReport(fetched={"d": {0: near}}))
+    world.half.ranks_reported(merged, set())
+    assert world.match(request) == (None, False)
+    done = FetchProgress(whole=8, cells=32, near=True, ended=True)
+    world.half.ranks_reported(RankReport(fetched={"d": {0: done}}), set())
+    assert world.match(request) == (5 * BLOCK, True)
+
+
+def test_an_aborted_request_gives_its_fetch_up_and_followers_go_on(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    follower = world.new(FakeRequest("e", 900))
+    world.hub.answer(2, live=7)
+    assert world.match(follower) == (None, False)
+    assert world.step().fetches == [], "one fetch per prefix"
+    world.half.finished(request, whole=False)
+    world.hub.turn()
+    world.now += 0.1
+    if not world.hub.lookups[-1][2].done():
+        world.hub.answer(2, live=7)
+    assert world.match(follower) == (None, False)
+    meta = world.step()
+    assert (meta.drops, [job.request for job in meta.fetches]) == (["d"], ["e"])
+
+
+def test_what_staging_has_no_room_for_waits_for_complete_blocks(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(ended=True, refused=True)})
+    assert world.match(request) == (None, False)
+    meta = world.step()
+    assert (meta.drops, meta.fetches) == (["d"], [])
+    world.now += 0.1
+    assert world.match(request) == (None, False)
+    world.hub.answer(8)
+    assert world.match(request) == (900, True)
+    world.alloc(request, 900)
+    assert [load.fetched for load in world.step().loads] == [False]
+
+
+def test_a_load_that_would_take_much_of_the_free_blocks_is_fetched_first() -> None:
+    world = World(blocks=40)
+    request = world.new(FakeRequest("a", 600), usable=4)
+    assert world.match(request) == (None, False)
+    assert [len(job.hashes) for job in world.step().fetches] == [4]
+    assert world.pool.get_num_free_blocks() == 39
+    small = world.new(FakeRequest("b", 200, seed=3), usable=1)
+    assert world.match(small) == (BLOCK, True), "4 of 39 blocks may wait for the hub"
+    world.report(fetched={"a": FetchProgress(whole=4, cells=16, near=True, ended=True)})
+    assert world.match(request) == (512, True)
+
+
+def test_what_the_engine_has_itself_is_not_fetched(world: World) -> None:
+    request = world.new(FakeRequest("d", 900, kv_transfer_params=dict(DECODE_LEG)))
+    world.hub.answer(2, live=8)
+    assert world.match(request, 160) == (None, False)
+    (job,) = world.step().fetches
+    assert list(job.hashes) == request.hashes(tail=True)[1:]
+    world.report(fetched={"d": FetchProgress(whole=7, cells=28, near=True, ended=True)})
+    assert world.match(request, 160) == (740, True)

@@ -1,0 +1,111 @@
+"""Fetches: blocks on their way into the ranks' staging, for requests that hold no engine blocks.
+
+Theory of operation. Where blocks are still being written, or where the engine has few to spare, a
+request does not wait in blocks of the engine. The ranks are told to fetch: they lease cells as
+these are committed (or move them into host memory) and report how far they have come. When the
+rest is near, vLLM allocates, and a load takes what the fetch has and the last cells as they come.
+
+Rules:
+  1. A request has one fetch, from the order until its load goes out or it is dropped.
+  2. A fetch that makes no progress, or takes longer than the request may wait, is cut: what is
+     whole by then is loaded, the rest is computed.
+  3. A fetch that the ranks' staging has no room for is refused; the request waits, and is loaded
+     from the hub when the blocks are complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.loads import Loads
+from kvserver_vllm.messages import FetchJob, FetchProgress
+
+STALL_S = 1.0
+"""Without progress for this long, a writer counts as gone."""
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One under way. It covers the blocks [start, stop) of the request's answer."""
+
+    start: int
+    stop: int
+    until: float
+    progress_at: float
+    ranks: dict[int, FetchProgress] = field(default_factory=dict)
+    cells: int = 0
+
+
+class Fetches:
+    """Fetches under way, and what the ranks are to be told."""
+
+    def __init__(self, common: Common, loads: Loads, ranks: int) -> None:
+        self._common = common
+        self._loads = loads
+        self._ranks = ranks
+        self._active: dict[str, Fetch] = {}
+        self._outgoing: list[FetchJob] = []
+        self._drops: list[str] = []
+
+    def begin(self, tracked: Tracked, start: int, stop: int, wait_s: float) -> None:
+        """Order the blocks [start, stop); what has not come within `wait_s` will not be taken."""
+        request, now = tracked.request.request_id, self._common.clock()
+        tokens = tuple(
+            self._common.covered(tracked, index + 1) - self._common.covered(tracked, index)
+            for index in range(start, stop)
+        )
+        self._active[request] = Fetch(start, stop, now + wait_s, now)
+        keys = tuple(tracked.keys(start, stop))
+        self._loads.claim(request, keys)
+        self._outgoing.append(FetchJob(request, keys, tokens, wait_s))
+        self._common.count("fetches")
+
+    def of(self, tracked: Tracked) -> Fetch | None:
+        return self._active.get(tracked.request.request_id)
+
+    def take_orders(self) -> tuple[list[FetchJob], list[str]]:
+        """Fetches and drops that the ranks have not heard of."""
+        orders = self._outgoing, self._drops
+        self._outgoing, self._drops = [], []
+        return orders
+
+    def reported(self, request: str, ranks: dict[int, FetchProgress]) -> None:
+        fetch = self._active.get(request)
+        if fetch is None:
+            return
+        fetch.ranks.update(ranks)
+        cells = sum(progress.cells for progress in fetch.ranks.values())
+        if cells > fetch.cells:
+            fetch.cells, fetch.progress_at = cells, self._common.clock()
+
+    def usable(self, tracked: Tracked, now: float) -> int | None:
+        """Blocks that a load may be planned with; None while it is worth waiting for more."""
+        fetch = self._active[tracked.request.request_id]
+        reports = list(fetch.ranks.values())
+        heard = len(reports) == self._ranks
+        if heard and any(progress.refused for progress in reports):
+            tracked.fetch_refused = True
+            self.drop(tracked.request.request_id)
+            return None
+        if heard and all(progress.near for progress in reports):
+            return fetch.stop
+        whole = fetch.start + (min(progress.whole for progress in reports) if heard else 0)
+        ended = heard and all(progress.ended for progress in reports)
+        if ended or now >= fetch.until or now - fetch.progress_at >= STALL_S:
+            return whole
+        return None
+
+    def landing(self, request: str) -> bool:
+        """Its load goes out: whether it takes from a fetch."""
+        return self._active.pop(request, None) is not None
+
+    def drop(self, request: str) -> None:
+        """Nobody will load it."""
+        if self._active.pop(request, None) is not None:
+            self._drops.append(request)
+            self._loads.unclaim(request)
+
+    @property
+    def dropping(self) -> bool:
+        return bool(self._drops)
