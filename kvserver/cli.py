@@ -42,6 +42,7 @@ examples:
   kvserver stats --watch
   kvserver namespaces --json
   kvserver evict 3fa91c
+  kvserver role vllm-3f2a --produce off
   kvserver watch --once | grep '"event": "block"' | wc -l
   kvserver check --host-dir /dev/shm/kvserver-50051 --disk-path /nvme/kv
 
@@ -108,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     evict = _add_client_command(commands, "evict", _evict, "evict the blocks of one namespace")
     evict.add_argument("namespace", help="the namespace's id, or the first 4 or more digits of it")
     evict.add_argument("--drop", action="store_true", help="forget the namespace as well")
+    role = _add_client_command(
+        commands, "role", _role, "have an engine stop or start producing or consuming"
+    )
+    role.add_argument("engine", help="its session's name (kvserver stats), or the beginning of it")
+    for verb, what in (("produce", "push what it computes"), ("consume", "look up and pull")):
+        role.add_argument(f"--{verb}", choices=("on", "off"), help=f"{what}; default: as it is")
     watch = _add_client_command(
         commands,
         "watch",
@@ -354,6 +361,23 @@ def _evict(parsed: argparse.Namespace) -> int:
         size = options.format_bytes(reply.bytes)
         left = "" if parsed.drop or not reply.in_use else f"; {reply.in_use} in use stayed"
         print(f"{namespace_id.hex()[:16]}: evicted {reply.blocks} blocks, {size}{left}")
+    return EXIT_OK
+
+
+def _role(parsed: argparse.Namespace) -> int:
+    if not (parsed.produce or parsed.consume):
+        raise CommandError("say --produce on|off, --consume on|off, or both", EXIT_USAGE)
+    deadline_ms = max(1, min(60_000, int(parsed.timeout_s * 900)))
+    request = pb.SetRoleRequest(engine=parsed.engine, deadline_ms=deadline_ms)
+    if parsed.produce:
+        request.produces = parsed.produce == "on"
+    if parsed.consume:
+        request.consumes = parsed.consume == "on"
+    reply = _call(parsed, "SetRole", request)
+    if parsed.json:
+        _print_json(reply)
+    else:
+        print(f"{reply.engine}: {tables.role(reply.role)} (of {tables.role(reply.ceiling)})")
     return EXIT_OK
 
 

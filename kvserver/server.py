@@ -181,6 +181,7 @@ class Server:
 
     def _bind(self) -> tuple[Any, str]:
         size = self.settings.message_bytes_max
+        standing = self.settings.sessions_max + self.settings.watchers_max + 64
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on this port must fail
@@ -191,7 +192,7 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ],
             # The gate refuses by name; this stops a flood before it is read.
-            maximum_concurrent_rpcs=4 * self.settings.rpcs_max + 64,
+            maximum_concurrent_rpcs=4 * self.settings.rpcs_max + standing,
         )
         try:
             port = self._add_port(server)

@@ -67,7 +67,7 @@ def _tiers(tiers: Iterable[pb.TierStats]) -> str:
 
 
 def _sessions(sessions: Iterable[pb.SessionStats]) -> str:
-    header = ("session", "tenant", "clients", "reservations", "leases", "idle", "transports")
+    header = ("session", "tenant", "clients", "reservations", "leases", "idle")
     rows = [
         (
             s.client_name or f"{s.session:x}",
@@ -77,10 +77,22 @@ def _sessions(sessions: Iterable[pb.SessionStats]) -> str:
             s.leases,
             _duration(s.idle_ms),
             ",".join(s.transports) or "-",
+            role(s.role) if s.HasField("role") else "-",
         )
         for s in sessions
     ]
-    return table(header, rows)
+    return table((*header, "transports", "role"), rows)
+
+
+def role(message: pb.Role) -> str:
+    """What an engine does, as kv_role spells it."""
+    words = {
+        (True, True): "kv_both",
+        (True, False): "kv_producer",
+        (False, True): "kv_consumer",
+        (False, False): "neither",
+    }
+    return words[message.produces, message.consumes]
 
 
 def namespaces(items: Sequence[pb.NamespaceStats]) -> str:

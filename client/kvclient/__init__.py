@@ -33,6 +33,7 @@ from kvclient.results import (
     PushResult,
     PushVerdict,
     ReserveVerdict,
+    Role,
     Tier,
 )
 from kvclient.tls import Tls
@@ -68,6 +69,7 @@ __all__ = [
     "Reservation",
     "ReserveVerdict",
     "Residence",
+    "Role",
     "Scattered",
     "SyncGranted",
     "SyncReadStream",

@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,8 +25,9 @@ from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
+from kvclient.orders import Orders, role_from
 from kvclient.reading import Leases
-from kvclient.results import Limits
+from kvclient.results import Limits, Role
 from kvclient.session import Link, Message, Session
 from kvclient.staging import Buffers
 from kvclient.timing import Deadline
@@ -257,6 +258,37 @@ class AsyncClient:
     def watch(self) -> Watch:
         """Which blocks of this tenant are where, first all of them, then every change."""
         return Watch(self.session)
+
+    def follow(self, ceiling: Role, obey: Callable[[Role], None]) -> Orders:
+        """For engines: take an operator's orders from now on. `obey` is told of each, at once;
+        `ceiling` is what the engine was started for, and does now.
+        """
+        orders = Orders(self.session, ceiling, obey)
+        self.session.background(orders.run())
+        return orders
+
+    async def set_role(
+        self,
+        engine: str,
+        *,
+        produces: bool | None = None,
+        consumes: bool | None = None,
+        deadline_s: float | None = None,
+    ) -> Role:
+        """Have an engine stop or start; its role once it has obeyed. `engine` is the name of its
+        session, or the beginning of it; None leaves that half as it is.
+
+        Conflict beyond what it was started for, NotFound when no one engine has that name,
+        Unavailable when it does not obey in time.
+        """
+        deadline = self.deadline(deadline_s)
+        deadline_ms = max(1, min(60_000, int(deadline.seconds * 900)))
+        request = pb.SetRoleRequest(engine=engine, deadline_ms=deadline_ms)
+        if produces is not None:
+            request.produces = produces
+        if consumes is not None:
+            request.consumes = consumes
+        return role_from((await self._ask("SetRole", request, deadline)).role)
 
     async def evict(
         self,

@@ -143,6 +143,14 @@ class PullResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Role:
+    """Whether an engine pushes what it computes, and whether it looks up and pulls."""
+
+    produces: bool
+    consumes: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """The hub's limits, as Hello told them. Durations in seconds, sizes in bytes."""
 

@@ -3,7 +3,8 @@
 Rule 1: a session is known by a random 63-bit id; its token, 16 random bytes, is what lets a rank
 join it and what a transport asks for. Tokens are compared in constant time and never logged.
 Rule 2: a namespace's handle is valid for the sessions that opened it and for no other.
-Rule 3: the core decides when a session ends; `keep_only` drops what it no longer knows.
+Rule 3: an engine's role (`runtime.roles`) is known for as long as its session lives.
+Rule 4: the core decides when a session ends; `keep_only` drops what it no longer knows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from kvproto.namespace import NamespaceSpec
 from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.runtime.roles import Follower
 
 TOKEN_BYTES = 16
 
@@ -30,6 +32,7 @@ class Session:
     namespaces: dict[int, NamespaceSpec] = field(default_factory=dict)
     transports: set[str] = field(default_factory=set)
     remote: set[int] = field(default_factory=set)  # clients that need permits: they map nothing
+    follower: Follower | None = None  # of an engine that takes orders
 
     def spec(self, handle: int) -> NamespaceSpec:
         spec = self.namespaces.get(handle)
@@ -90,6 +93,21 @@ class Sessions:
             raise CoreError(ErrorKind.NOT_FOUND, "no session has this token", field="join_token")
         return found
 
+    def engine(self, name: str) -> Session:
+        """The one session with an engine that takes orders whose name begins so."""
+        taking = [session for session in self._by_id.values() if session.follower is not None]
+        found = [session for session in taking if session.name == name]
+        found = found or [session for session in taking if session.name.startswith(name)]
+        if not name or len(found) != 1:
+            names = ", ".join(sorted(session.name for session in found or taking)[:8]) or "none"
+            raise CoreError(
+                ErrorKind.NOT_FOUND,
+                f"engine {name!r} must name one engine that takes orders; there are: {names}",
+                field="engine",
+                limit=names,
+            )
+        return found[0]
+
     def is_remote(self, client: int) -> bool:
         """Whether a living session's client has attached by a remote transport."""
         return any(client in session.remote for session in self._by_id.values())
@@ -106,6 +124,8 @@ class Sessions:
     def remove(self, session: int) -> None:
         found = self._by_id.pop(session, None)
         if found is not None:
+            if found.follower is not None:
+                found.follower.end()
             del self._by_token[found.token]
 
     def keep_only(self, alive: Collection[int]) -> list[int]:

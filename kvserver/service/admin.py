@@ -16,6 +16,9 @@ from kvserver.service import convert
 from kvserver.service.calls import Servicer, unary
 from kvserver.service.stats import namespace_stats, stats_reply
 
+OBEY_MS = 5_000  # how long an engine has to obey, when a call does not say
+OBEY_MS_MAX = 60_000
+
 
 class AdminService(Servicer, kvserver_pb2_grpc.AdminServicer):
     """`keys_max` and `drain_ms_max` are limits of a call."""
@@ -53,6 +56,25 @@ class AdminService(Servicer, kvserver_pb2_grpc.AdminServicer):
     ) -> pb.DropNamespaceReply:
         evicted = await self._node.drop_namespace(_namespace_id(request.namespace_id))
         return pb.DropNamespaceReply(blocks=evicted.blocks, bytes=evicted.bytes)
+
+    @unary
+    async def SetRole(self, request: pb.SetRoleRequest, context: Any) -> pb.SetRoleReply:
+        name = convert.text_from("engine", request.engine)
+        session = self._node.sessions.engine(name)
+        assert session.follower is not None, "engine() finds those that take orders"
+        seconds = convert.seconds_from(
+            "obey_ms_max", request.deadline_ms, maximum_ms=OBEY_MS_MAX, zero=OBEY_MS
+        )
+        role = await session.follower.order(
+            produces=request.produces if request.HasField("produces") else None,
+            consumes=request.consumes if request.HasField("consumes") else None,
+            deadline_s=seconds,
+        )
+        return pb.SetRoleReply(
+            engine=session.name,
+            role=convert.role_to(role),
+            ceiling=convert.role_to(session.follower.ceiling),
+        )
 
     @unary
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:

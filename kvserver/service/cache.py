@@ -25,6 +25,7 @@ from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.runtime import failpoints
 from kvserver.runtime.driver import AcquireStep
 from kvserver.runtime.node import Node
+from kvserver.runtime.roles import Follower
 from kvserver.runtime.sessions import TOKEN_BYTES, Session
 from kvserver.service import convert
 from kvserver.service.calls import streaming, unary
@@ -388,6 +389,31 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
                 reply.tiers_up = self._driver.hub.tiers_up
                 reply.idle_ms = convert.milliseconds(watches.idle_s)
                 yield reply
+
+    # ---- roles -------------------------------------------------------------------------------
+
+    @streaming
+    async def Orders(
+        self, request: pb.OrdersRequest, context: Any
+    ) -> AsyncIterator[pb.OrdersReply]:
+        session = self._session(request.session)
+        follower = Follower(
+            now=convert.role_from(request.role), ceiling=convert.role_from(request.ceiling)
+        )
+        if session.follower is not None:
+            session.follower.end()  # the engine has lost that stream
+        session.follower = follower
+        async with contextlib.aclosing(follower.orders()) as orders:
+            async for number, role in orders:
+                yield pb.OrdersReply(order=number, role=convert.role_to(role))
+
+    @unary
+    async def Obey(self, request: pb.ObeyRequest, context: Any) -> pb.ObeyReply:
+        follower = self._session(request.session).follower
+        if follower is None:
+            raise CoreError(ErrorKind.NOT_FOUND, "the session takes no orders", field="session")
+        follower.obeyed(request.order, convert.role_from(request.role))
+        return pb.ObeyReply()
 
     # ---- fields ------------------------------------------------------------------------------
 

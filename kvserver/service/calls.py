@@ -47,9 +47,12 @@ class Incidents:
 
 
 class Gate:
-    """Bounds how many calls run at once. Heartbeats and goodbyes pass: they free things."""
+    """Bounds how many calls run at once. Heartbeats and goodbyes pass: they free things. Streams
+    that stay open for a session's life have bounds of their own, and are not counted.
+    """
 
     FREE = frozenset({"Heartbeat", "Goodbye", "Release", "Abort", "Fence", "Settle"})
+    STANDING = frozenset({"Watch", "Orders"})
 
     def __init__(self, rpcs_max: int) -> None:
         self.rpcs_max = rpcs_max
@@ -140,8 +143,9 @@ class _Call:
         return self
 
     def enter(self) -> None:
-        self._servicer.gate.enter(self._rpc)
-        self._entered = True
+        if self._rpc not in Gate.STANDING:
+            self._servicer.gate.enter(self._rpc)
+            self._entered = True
 
     def failed(self, error: Exception) -> Status:
         status = self._servicer.status(self._rpc, error)

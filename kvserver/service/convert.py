@@ -24,6 +24,7 @@ from kvserver.core.events import (
     Need,
     Place,
 )
+from kvserver.runtime.roles import Role
 from kvserver.runtime.watches import Kind, Step
 
 NO_OFFSET = (1 << 64) - 1
@@ -240,6 +241,17 @@ def watch_to(step: Step, introduced: set[bytes]) -> pb.WatchReply:
     reply.hashes, reply.parents = segment.hashes, segment.parents
     reply.tokens, reply.tiers = segment.tokens, segment.tiers
     return reply
+
+
+# ---- roles -----------------------------------------------------------------------------------
+
+
+def role_from(message: pb.Role) -> Role:
+    return Role(produces=message.produces, consumes=message.consumes)
+
+
+def role_to(role: Role) -> pb.Role:
+    return pb.Role(produces=role.produces, consumes=role.consumes)
 
 
 # ---- answers ---------------------------------------------------------------------------------

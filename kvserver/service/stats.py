@@ -68,6 +68,9 @@ def _sessions(node: Node, stats: HubStats) -> list[pb.SessionStats]:
         if known is not None:
             reply.client_name = known.name
             reply.transports.extend(sorted(known.transports))
+            if known.follower is not None:
+                reply.role.CopyFrom(convert.role_to(known.follower.now))
+                reply.ceiling.CopyFrom(convert.role_to(known.follower.ceiling))
         replies.append(reply)
     return replies
 

@@ -30,7 +30,17 @@ def push(server: ServerProcess, blocks: Blocks = BLOCKS, *, durable: bool = Fals
 
 
 def test_help_explains_every_command(capsys: Capture) -> None:
-    for command in ([], ["serve"], ["stats"], ["namespaces"], ["evict"], ["check"], ["purge"]):
+    for command in (
+        [],
+        ["serve"],
+        ["stats"],
+        ["namespaces"],
+        ["evict"],
+        ["role"],
+        ["watch"],
+        ["check"],
+        ["purge"],
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code == 0

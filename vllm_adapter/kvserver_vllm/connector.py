@@ -27,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
+from kvclient import Role
 from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
@@ -92,6 +93,9 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             log=self._log,
             reach=self._settings.reach(),
         )
+        # What kv_role allows; an operator's orders stay within it.
+        self._loads = bool(transfer.is_kv_consumer)
+        self._saves = bool(transfer.is_kv_producer and self._settings.push)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._rank_info: RankInfo | None = None
@@ -102,6 +106,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._closed = False
         if role == SCHEDULER:
             self._scheduler = self._scheduler_half()
+            self._link.follow(Role(produces=self._saves, consumes=self._loads), self._obey)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning(
                     "kvserver: kv_load_failure_policy is %r: a request whose load fails ends with "
@@ -110,18 +115,24 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 )
 
     def _scheduler_half(self) -> SchedulerHalf:
-        config, transfer = self._vllm_config, self._kv_transfer_config
+        config = self._vllm_config
         return SchedulerHalf(
             self._settings,
             self._link,
             self._log,
             engine_block_tokens=int(config.cache_config.block_size),
             ranks=int(config.parallel_config.world_size),
-            loads=bool(transfer.is_kv_consumer),
-            saves=bool(transfer.is_kv_producer and self._settings.push),
+            loads=self._loads,
+            saves=self._saves,
             prefix_caching=bool(config.cache_config.enable_prefix_caching),
             adapter_digest=Adapters(self._digests).digest,
         )
+
+    def _obey(self, role: Role) -> None:
+        """An operator's order; on the link's thread."""
+        logger.info("kvserver: told to %s", role)
+        self._scheduling().obey(loads=role.consumes, saves=role.produces)
+        self._log.write("role", produces=role.produces, consumes=role.consumes)
 
     # ---- both roles --------------------------------------------------------------------------
 

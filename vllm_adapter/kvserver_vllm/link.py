@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from kvclient import (
     KVError,
     Limits,
     Pin,
+    Role,
     Unavailable,
 )
 from kvproto.namespace import NamespaceSpec
@@ -65,6 +66,7 @@ class HubLink:
         self._memory: list[Any] = []
         self._registered = 0  # of `_memory`, with the client
         self._greeting = b""
+        self._ordered: tuple[Role, Callable[[Role], None]] | None = None  # not followed yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -128,6 +130,16 @@ class HubLink:
     def pin(self, blocks: Sequence[Any]) -> Pin:
         """What a hub may still touch of them."""
         return self._client.pin(blocks) if self._client is not None else Pin([])
+
+    def follow(self, ceiling: Role, obey: Callable[[Role], None]) -> None:
+        """Take the hub's orders, on the link's thread; once, from any thread."""
+        self._ordered = (ceiling, obey)
+        self.submit(self._follow())
+
+    async def _follow(self) -> None:
+        if self._client is not None and self._ordered is not None:
+            self._client.follow(*self._ordered)
+            self._ordered = None
 
     @property
     def staging_bytes(self) -> int:
@@ -289,6 +301,7 @@ class HubLink:
                         **self._reach,
                     )
                     await self._register()
+                    await self._follow()
                     transport = self._client.transport
                     self._log.write("connected", address=self.address, transport=transport)
                     await self._open_greeting()

@@ -86,16 +86,28 @@ class Saves:
 
     def finished(self, request: str, tracked: Tracked) -> None:
         """A request is over, for whatever reason: what it has not computed is not coming."""
+        self._withdraw(tracked)
+        self._pins.orphan(request)
+
+    def _withdraw(self, tracked: Tracked) -> None:
         common, left = self._common, tracked.announced
         if left:
             self._own.difference_update(left)
+            tracked.announced = []
             if common.spec:
                 common.hub.submit(common.hub.withdraw(common.spec, left))
-        self._pins.orphan(request)
+
+    def _take_back(self, requests: dict[str, Tracked]) -> None:
+        """The engine was told to produce no more: nobody is to wait for what it announced."""
+        if self._own:
+            for tracked in requests.values():
+                self._withdraw(tracked)
 
     def orders(self, output: Any, requests: dict[str, Tracked]) -> list[SaveJob]:
         """Jobs for what this step completes; their pages are pinned from here on."""
         common = self._common
+        if not common.saves:
+            self._take_back(requests)
         if not (common.saves and common.spec and common.hub.responsive):
             return []
         jobs, blocks = [], self._blocks(output, requests)

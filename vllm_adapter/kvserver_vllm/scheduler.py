@@ -90,6 +90,11 @@ class SchedulerHalf:
         self._saves.forget()
         self._common.spec = b""
 
+    def obey(self, *, loads: bool, saves: bool) -> None:
+        """From the next decision on; loads and pushes under way end as they would. Safe to call
+        from the hub's thread."""
+        self._common.loads, self._common.saves = loads, saves
+
     # ---- one request -------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:

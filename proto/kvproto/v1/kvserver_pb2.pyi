@@ -624,6 +624,46 @@ class WatchReply(_message.Message):
     tiers: bytes
     def __init__(self, sequence: _Optional[int] = ..., kind: _Optional[_Union[WatchKind, str]] = ..., epoch: _Optional[int] = ..., tiers_up: _Optional[int] = ..., idle_ms: _Optional[int] = ..., reason: _Optional[str] = ..., namespace_id: _Optional[bytes] = ..., spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., tiers: _Optional[bytes] = ...) -> None: ...
 
+class Role(_message.Message):
+    __slots__ = ("produces", "consumes")
+    PRODUCES_FIELD_NUMBER: _ClassVar[int]
+    CONSUMES_FIELD_NUMBER: _ClassVar[int]
+    produces: bool
+    consumes: bool
+    def __init__(self, produces: bool = ..., consumes: bool = ...) -> None: ...
+
+class OrdersRequest(_message.Message):
+    __slots__ = ("session", "role", "ceiling")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    role: Role
+    ceiling: Role
+    def __init__(self, session: _Optional[int] = ..., role: _Optional[_Union[Role, _Mapping]] = ..., ceiling: _Optional[_Union[Role, _Mapping]] = ...) -> None: ...
+
+class OrdersReply(_message.Message):
+    __slots__ = ("order", "role")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    order: int
+    role: Role
+    def __init__(self, order: _Optional[int] = ..., role: _Optional[_Union[Role, _Mapping]] = ...) -> None: ...
+
+class ObeyRequest(_message.Message):
+    __slots__ = ("session", "order", "role")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    order: int
+    role: Role
+    def __init__(self, session: _Optional[int] = ..., order: _Optional[int] = ..., role: _Optional[_Union[Role, _Mapping]] = ...) -> None: ...
+
+class ObeyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class TierStats(_message.Message):
     __slots__ = ("tier", "bytes_total", "bytes_ready", "bytes_used", "slots", "slots_free", "slots_filling", "slots_committed", "slots_copying", "slots_quarantined", "up", "note")
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -653,7 +693,7 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., bytes_total: _Optional[int] = ..., bytes_ready: _Optional[int] = ..., bytes_used: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_filling: _Optional[int] = ..., slots_committed: _Optional[int] = ..., slots_copying: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., up: bool = ..., note: _Optional[str] = ...) -> None: ...
 
 class SessionStats(_message.Message):
-    __slots__ = ("session", "client_name", "tenant", "clients", "reservations", "leases", "idle_ms", "transports")
+    __slots__ = ("session", "client_name", "tenant", "clients", "reservations", "leases", "idle_ms", "transports", "role", "ceiling")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -662,6 +702,8 @@ class SessionStats(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     IDLE_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
     session: int
     client_name: str
     tenant: str
@@ -670,7 +712,9 @@ class SessionStats(_message.Message):
     leases: int
     idle_ms: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session: _Optional[int] = ..., client_name: _Optional[str] = ..., tenant: _Optional[str] = ..., clients: _Optional[int] = ..., reservations: _Optional[int] = ..., leases: _Optional[int] = ..., idle_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    role: Role
+    ceiling: Role
+    def __init__(self, session: _Optional[int] = ..., client_name: _Optional[str] = ..., tenant: _Optional[str] = ..., clients: _Optional[int] = ..., reservations: _Optional[int] = ..., leases: _Optional[int] = ..., idle_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., role: _Optional[_Union[Role, _Mapping]] = ..., ceiling: _Optional[_Union[Role, _Mapping]] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
     __slots__ = ("namespace_id", "spec", "blocks", "bytes", "hits", "misses", "near_misses")
@@ -770,6 +814,28 @@ class DropNamespaceReply(_message.Message):
     blocks: int
     bytes: int
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("engine", "produces", "consumes", "deadline_ms")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    PRODUCES_FIELD_NUMBER: _ClassVar[int]
+    CONSUMES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    produces: bool
+    consumes: bool
+    deadline_ms: int
+    def __init__(self, engine: _Optional[str] = ..., produces: bool = ..., consumes: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class SetRoleReply(_message.Message):
+    __slots__ = ("engine", "role", "ceiling")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    role: Role
+    ceiling: Role
+    def __init__(self, engine: _Optional[str] = ..., role: _Optional[_Union[Role, _Mapping]] = ..., ceiling: _Optional[_Union[Role, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_ms",)

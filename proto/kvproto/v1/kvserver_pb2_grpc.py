@@ -120,6 +120,16 @@ class CacheStub(object):
                 request_serializer=kvproto_dot_v1_dot_kvserver__pb2.WatchRequest.SerializeToString,
                 response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.WatchReply.FromString,
                 _registered_method=True)
+        self.Orders = channel.unary_stream(
+                '/kvserver.v1.Cache/Orders',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.OrdersRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.OrdersReply.FromString,
+                _registered_method=True)
+        self.Obey = channel.unary_unary(
+                '/kvserver.v1.Cache/Obey',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.ObeyRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ObeyReply.FromString,
+                _registered_method=True)
 
 
 class CacheServicer(object):
@@ -244,6 +254,20 @@ class CacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Orders(self, request, context):
+        """For engines: the orders of an operator, as they come. One stream a session; it stays open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Obey(self, request, context):
+        """An engine obeys an order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CacheServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -331,6 +355,16 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.WatchRequest.FromString,
                     response_serializer=kvproto_dot_v1_dot_kvserver__pb2.WatchReply.SerializeToString,
+            ),
+            'Orders': grpc.unary_stream_rpc_method_handler(
+                    servicer.Orders,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.OrdersRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.OrdersReply.SerializeToString,
+            ),
+            'Obey': grpc.unary_unary_rpc_method_handler(
+                    servicer.Obey,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.ObeyRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.ObeyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -803,6 +837,60 @@ class Cache(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Orders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvserver.v1.Cache/Orders',
+            kvproto_dot_v1_dot_kvserver__pb2.OrdersRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.OrdersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Obey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserver.v1.Cache/Obey',
+            kvproto_dot_v1_dot_kvserver__pb2.ObeyRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.ObeyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class AdminStub(object):
     """The operator's side.
@@ -833,6 +921,11 @@ class AdminStub(object):
                 '/kvserver.v1.Admin/DropNamespace',
                 request_serializer=kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceRequest.SerializeToString,
                 response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceReply.FromString,
+                _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/kvserver.v1.Admin/SetRole',
+                request_serializer=kvproto_dot_v1_dot_kvserver__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=kvproto_dot_v1_dot_kvserver__pb2.SetRoleReply.FromString,
                 _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/kvserver.v1.Admin/Drain',
@@ -871,6 +964,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Has one engine stop or start producing or consuming; answers when it has obeyed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops taking new reservations and finishes what runs; returns when the write-behind is empty.
         """
@@ -900,6 +1000,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.DropNamespace,
                     request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceRequest.FromString,
                     response_serializer=kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceReply.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=kvproto_dot_v1_dot_kvserver__pb2.SetRoleRequest.FromString,
+                    response_serializer=kvproto_dot_v1_dot_kvserver__pb2.SetRoleReply.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -1016,6 +1121,33 @@ class Admin(object):
             '/kvserver.v1.Admin/DropNamespace',
             kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceRequest.SerializeToString,
             kvproto_dot_v1_dot_kvserver__pb2.DropNamespaceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvserver.v1.Admin/SetRole',
+            kvproto_dot_v1_dot_kvserver__pb2.SetRoleRequest.SerializeToString,
+            kvproto_dot_v1_dot_kvserver__pb2.SetRoleReply.FromString,
             options,
             channel_credentials,
             insecure,

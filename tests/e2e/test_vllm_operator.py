@@ -1,14 +1,16 @@
-"""One engine's figures, as its own Prometheus registry shows them."""
+"""One engine and its operator: figures in vLLM's own metrics, and a role that changes."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvclient import AsyncClient, Role
 from tests.support.engines import PATIENT, Engine, hub_config
-from tests.support.kv_oracle import wait_connected, wait_for, wait_pushed
+from tests.support.kv_oracle import answer_complaints, wait_connected, wait_for, wait_pushed
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
 
@@ -71,3 +73,47 @@ def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) 
     assert pulled["pulled_bytes"] == -(-tokens // BLOCK) * block_bytes
     assert (pulled["lookups"], pulled["loads"], pulled["pull_seconds"]) == (2, 1, 1)
     assert pulled["loads_failed"] == pulled["hit_tokens.disk"] == 0
+
+
+def test_the_role_changes_with_requests_in_flight(
+    engine: Engine, server: ServerProcess, log: Path
+) -> None:
+    """Stopped: no pushes, no pulls. Started again: both. What runs meanwhile ends as it would."""
+    running, other = prompt(42, 640), prompt(43, 400)
+    reference = engine.generate(running, tokens=TOKENS)
+    wait_pushed(log, len(PROMPT) // BLOCK + len(running) // BLOCK)
+    engine.reset_prefix_cache()
+
+    def switch(**halves: bool) -> Role:
+        async def go() -> Role:
+            async with AsyncClient.connect(server.address) as operator:
+                return await operator.set_role("vllm-", deadline_s=20, **halves)
+
+        return asyncio.run(go())
+
+    before = figures(engine)
+    call = engine.begin([running], tokens=TOKENS)
+    assert switch(produces=False, consumes=False) == Role(produces=False, consumes=False)
+    (during,) = engine.finish(call)
+    assert answer_complaints(during, reference) == []
+    engine.reset_prefix_cache()
+    stopped = figures(engine)
+    alone = engine.generate(running, tokens=TOKENS)
+    assert answer_complaints(alone, reference) == []
+    engine.generate(other, tokens=TOKENS)
+    assert alone.cached == 0
+    assert changed(stopped, figures(engine), "lookups", "loads", "saves") == [0, 0, 0]
+    assert before["hub_connected"] == 1
+
+    assert switch(produces=True, consumes=True) == Role(produces=True, consumes=True)
+    engine.reset_prefix_cache()
+    again = engine.generate(running, tokens=TOKENS)
+    assert answer_complaints(again, reference) == []
+    assert again.cached >= (len(running) // BLOCK - 1) * BLOCK
+    engine.generate(other, tokens=TOKENS)
+    wait_for("the pushes", lambda: changed(stopped, figures(engine), "saves")[0] > 0)
+    assert changed(stopped, figures(engine), "loads") == [1]
+
+
+def changed(before: dict[str, float], after: dict[str, float], *names: str) -> list[float]:
+    return [after[name] - before[name] for name in names]
