@@ -10,6 +10,7 @@ Rule 3: a scrape that cannot be answered in time (the loop stands still) shows l
 from __future__ import annotations
 
 import threading
+from collections import Counter as Counted
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from wsgiref.simple_server import WSGIServer
@@ -23,6 +24,13 @@ _LATENCY_BUCKETS = (
 )  # fmt: skip
 TIER_NAMES = {1: "device", 2: "host", 3: "disk"}
 SLOT_STATES = ("free", "filling", "committed", "copying", "quarantined")
+
+_ROLES = {
+    "kv_both": (True, True),
+    "kv_producer": (True, False),
+    "kv_consumer": (False, True),
+    "neither": (False, False),
+}
 
 # What Stats counts per tier, as `NAME_TIER`: the metric, and what it counts.
 TIER_COUNTERS = {
@@ -123,6 +131,20 @@ class _StatsCollector(Collector):
         sessions, namespaces = len(stats.sessions), len(stats.namespaces)
         yield GaugeMetricFamily("kvserver_sessions", "Open sessions.", sessions)
         yield GaugeMetricFamily("kvserver_namespaces", "Known namespaces.", namespaces)
+        yield _engines(stats)
+
+
+def _engines(stats: Any) -> Metric:
+    """Engines that take orders, by what they do now."""
+    family = GaugeMetricFamily(
+        "kvserver_engines", "Engines that take orders, by what they do.", labels=["role"]
+    )
+    roles = Counted(
+        (s.role.produces, s.role.consumes) for s in stats.sessions if s.HasField("role")
+    )
+    for role, does in _ROLES.items():
+        family.add_metric([role], roles[does])
+    return family
 
 
 def _tiers(stats: Any) -> Iterator[Metric]:
@@ -176,9 +198,14 @@ def _totals(counters: Mapping[str, int]) -> Iterator[Metric]:
         "Bytes of cells that the server itself moved for clients; shm clients copy by themselves.",
         labels=["transport", "direction"],
     )
-    for direction in ("in", "out"):
-        sockets.add_metric(["tcp", direction], rest.pop(f"tcp_bytes_{direction}", 0))
+    for transport in ("tcp", "nixl"):
+        for direction in ("in", "out"):
+            moved_bytes = rest.pop(f"{transport}_bytes_{direction}", 0)
+            sockets.add_metric([transport, direction], moved_bytes)
     yield sockets
+    yield GaugeMetricFamily(
+        "kvserver_watchers", "Open streams that tell where blocks are.", rest.pop("watchers", 0)
+    )
     yield GaugeMetricFamily(
         "kvserver_tcp_connections", "Open data connections.", rest.pop("tcp_connections", 0)
     )

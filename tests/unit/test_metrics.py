@@ -26,7 +26,11 @@ def stats() -> pb.StatsReply:
     )
     counters = {"hits": 7, "evicted_host": 3, "restored_disk": 2, "bytes_disk_in": 9, "stalls": 1}
     counters |= {"tcp_bytes_in": 5, "tcp_connections": 2, "tcp_refused": 4}
-    return pb.StatsReply(tiers=[host], counters=counters, epoch=4, sessions=[pb.SessionStats()])
+    counters |= {"nixl_bytes_out": 6, "watchers": 3}
+    engine = pb.SessionStats(role=pb.Role(produces=True), ceiling=pb.Role(produces=True))
+    return pb.StatsReply(
+        tiers=[host], counters=counters, epoch=4, sessions=[pb.SessionStats(), engine]
+    )
 
 
 def scrape(metrics: Metrics) -> dict[str, float]:
@@ -67,7 +71,11 @@ def test_gauges_and_totals_are_those_of_stats() -> None:
         "kvserver_blocks{tier=host}": 4,
         "kvserver_quarantined_slots": 2,
         "kvserver_bytes_used{tier=host}": 50,
-        "kvserver_sessions": 1,
+        "kvserver_transport_bytes_total{direction=out,transport=nixl}": 6,
+        "kvserver_watchers": 3,
+        "kvserver_engines{role=kv_producer}": 1,
+        "kvserver_engines{role=kv_both}": 0,
+        "kvserver_sessions": 2,
         "kvserver_epoch": 4,
         "kvserver_rpcs_total{code=OK,rpc=Lookup}": 1,
         "kvserver_rpc_seconds_bucket{le=0.005,rpc=Lookup}": 1,
