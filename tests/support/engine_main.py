@@ -117,21 +117,35 @@ class Driver:
         return name
 
     def _generate(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Each prompt is added at its delay; its times count from there."""
+        prompts = command["prompts"]
         began = time.monotonic()
-        names = [
-            self._add(prompt, command["tokens"], command["logprobs"], **command["sampling"])
-            for prompt in command["prompts"]
-        ]
+        waiting = list(enumerate(command["delays"] or [0.0] * len(prompts)))
+        added: dict[str, tuple[int, float]] = {}
         done: dict[str, Any] = {}
         first: dict[str, float] = {}
         last: dict[str, float] = {}
-        while len(done) < len(names):
+        while len(done) < len(prompts):
+            now = time.monotonic()
+            for at, delay in [item for item in waiting if item[1] <= now - began]:
+                waiting.remove((at, delay))
+                name = self._add(
+                    prompts[at], command["tokens"], command["logprobs"], **command["sampling"]
+                )
+                added[name] = (at, now)
             for output in self._step():
-                now = time.monotonic() - began
-                first.setdefault(output.request_id, now)
+                name = output.request_id
+                passed = time.monotonic() - added[name][1]
+                first.setdefault(name, passed)
                 if output.finished:
-                    done[output.request_id], last[output.request_id] = output, now
+                    done[name], last[name] = output, passed
+        names = sorted(added, key=lambda name: added[name][0])
         return {"outputs": [_shown(done[n], first[n], last[n]) for n in names]}
+
+    def _free_blocks(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Of the engine's KV cache, in this process."""
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        return {"blocks": scheduler.kv_cache_manager.block_pool.get_num_free_blocks()}
 
     def _abort(self, command: dict[str, Any]) -> dict[str, Any]:
         name = self._add(command["prompt"], command["tokens"], 0)

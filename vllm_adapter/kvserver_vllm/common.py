@@ -65,6 +65,7 @@ class Tracked:
         self.blocked_since: float | None = None
         self.waits_since: float | None = None  # for another engine's blocks
         self.fetch_refused = False
+        self.pays: bool | None = None
         self.progress = 0
         self.progress_at = 0.0
         self.matched_from = 0

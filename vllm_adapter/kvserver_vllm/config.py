@@ -45,6 +45,11 @@ class Settings:
     """Longest a request waits for the answer of a lookup before it counts as a miss."""
     load_deadline_ms: int = 10_000
     """Longest a request waits for its blocks; what has not come by then is recomputed."""
+    hits: str = "auto"
+    """auto: a hit is taken when loading it is expected to be faster than computing it, by what this
+    engine has measured of both. always: every hit is taken."""
+    min_hit_tokens: int = 0
+    """Hits of fewer tokens are computed. Default 0: one hub block. Hand-offs are always taken."""
     intent_wait_ms: int = 500
     """Longest a request that was handed off (do_remote_prefill) waits for blocks which no engine
     has announced yet."""
@@ -106,6 +111,7 @@ class Settings:
 _TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
 _TEXTS = ("address", "tenant", "cache_dir", "event_log", "transport", *_TLS)
 _FLAGS = ("push", "direct", "layerwise_push")
+_CHOICES = {"hits": ("auto", "always")}
 _LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}
 
 
@@ -114,6 +120,9 @@ def _check(name: str, value: object) -> None:
     if name in _TEXTS:
         if not isinstance(value, str):
             raise ConfigError(f"{key} is {value!r}, must be text")
+    elif name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ConfigError(f"{key} is {value!r}, must be one of {', '.join(_CHOICES[name])}")
     elif name in _FLAGS:
         if not isinstance(value, bool):
             raise ConfigError(f"{key} is {value!r}, must be true or false")

@@ -61,6 +61,10 @@ class Fetches:
         self._outgoing.append(FetchJob(request, keys, tokens, wait_s))
         self._common.count("fetches")
 
+    def covers(self, tracked: Tracked, start: int) -> bool:
+        """Whether its fetch begins early enough for a load from block `start` on."""
+        return self._active[tracked.request.request_id].start <= start
+
     def of(self, tracked: Tracked) -> Fetch | None:
         return self._active.get(tracked.request.request_id)
 

@@ -24,6 +24,8 @@ PIN_S = 2.0
 """Seconds that a lookup's pin holds what it found."""
 FRESH_S = 1.0
 """Age up to which a lookup's answer is acted upon; an older one is asked for again."""
+TRY_EACH = 16
+"""Of the hits that are expected not to pay, each 16th is taken all the same."""
 POLL_S = 0.02
 """Seconds between two looks at a prefix that another engine is writing."""
 
@@ -35,6 +37,7 @@ class Lookups:
         self._common = common
         self._loads = loads
         self._fetches = fetches
+        self._declined = 0
         self._patience = patience
 
     def begin(self, tracked: Tracked) -> None:
@@ -130,6 +133,8 @@ class Lookups:
         tokens = self._common.covered(tracked, usable) - computed
         if tokens < self._least(tracked, computed):
             return 0, False
+        if not self._pays(tracked, tokens):
+            return 0, False
         if self._loads.crowds(tracked, usable, computed):
             longest = self._common.settings.load_deadline_ms / 1e3
             if self._begin_fetch(tracked, usable, computed, longest):
@@ -154,6 +159,10 @@ class Lookups:
 
     def _fetched(self, tracked: Tracked, computed: int, now: float) -> tuple[int | None, bool]:
         """A fetch runs: wait for it without blocks, or plan a load of what it has."""
+        if not self._fetches.covers(tracked, computed // self._common.block):
+            self._fetches.drop(tracked.request.request_id)  # the engine's own cache has shrunk
+            self._ask(tracked, pin_s=PIN_S)
+            return self._later(tracked, now)
         usable = self._fetches.usable(tracked, now)
         if usable is None:
             return None, False
@@ -181,8 +190,23 @@ class Lookups:
         hand-off nothing but the last token is to be computed, unless the engine's own cache, which
         ends at an engine block, has nearly all of it."""
         if not tracked.tail:
-            return self._common.block
+            return self._common.settings.min_hit_tokens or self._common.block
         return self._common.engine_block if computed else 1
+
+    def _pays(self, tracked: Tracked, tokens: int) -> bool:
+        """Whether loading so many tokens is expected to take less time than computing them. Decided
+        once a request; a few are taken all the same, since only loads tell what loads cost."""
+        common = self._common
+        if tracked.pays is None:
+            load_s, own_s = common.pace.load_s(tokens), common.pace.prefill_s(tokens)
+            known = load_s is not None and own_s is not None and load_s > own_s
+            tracked.pays = True
+            if known and common.settings.hits == "auto" and not tracked.handed:
+                self._declined += 1
+                tracked.pays = self._declined % TRY_EACH == 0
+                if not tracked.pays:
+                    common.count("hits_declined")
+        return tracked.pays
 
 
 def _reads_nothing(request: Any) -> bool:

@@ -162,3 +162,17 @@ def test_what_the_engine_has_itself_is_not_fetched(world: World) -> None:
     assert list(job.hashes) == request.hashes(tail=True)[1:]
     world.report(fetched={"d": FetchProgress(whole=7, cells=28, near=True, ended=True)})
     assert world.match(request, 160) == (740, True)
+
+
+def test_a_fetch_that_begins_too_late_for_a_shrunken_cache_is_asked_for_anew(world: World) -> None:
+    """The engine's own blocks, which the fetch left out, were evicted meanwhile."""
+    request = world.new(FakeRequest("d", 900, kv_transfer_params=dict(DECODE_LEG)))
+    world.hub.answer(2, live=8)
+    assert world.match(request, 256) == (None, False)
+    world.step()
+    assert world.match(request, 0) == (None, False)
+    assert world.step().drops == ["d"]
+    world.hub.answer(8)
+    assert world.match(request, 0) == (900, True)
+    world.alloc(request, 900)
+    assert [load.fetched for load in world.step().loads] == [False]

@@ -11,7 +11,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvserver_vllm.lookups import FRESH_S
-from tests.support.scheduler_world import PAGE, SPEC, FakeHub, FakeRequest, World
+from tests.support.scheduler_world import (
+    PAGE,
+    SPEC,
+    FakeHub,
+    FakeRequest,
+    World,
+    start_load,
+)
 
 
 @pytest.fixture
@@ -204,3 +211,67 @@ def test_does_not_wait_for_its_own_announcements(world: World) -> None:
     third = world.new(FakeRequest("c", 900))
     world.hub.answer(0, live=7)
     assert world.match(third) == (None, False)
+
+
+# ---- whether a hit pays ----------------------------------------------------------------------
+
+
+def measured(world: World, *, prefill_s: float, load_s: float) -> None:
+    """The engine has computed 1,000 tokens in one step, and loaded 512."""
+    warm = world.new(FakeRequest("warm", 1000, seed=90), usable=0)
+    world.match(warm)
+    world.alloc(warm)
+    world.step(warm=1000)
+    world.now += prefill_s
+    world.report()
+    world.half.finished(warm, whole=True)
+    load = world.new(FakeRequest("load", 600, seed=91), usable=4)
+    start_load(world, load)
+    world.now += load_s
+    world.report(received={"load"})
+
+
+def hits(world: World, count: int, **attributes: Any) -> list[bool]:
+    """Whether each of so many requests with a hit of 512 tokens takes it."""
+    taken = []
+    for number in range(count):
+        request = world.new(FakeRequest(f"r{number}", 600, seed=number, **attributes), usable=4)
+        tokens, _ = world.match(request)
+        assert world.match(request)[0] == tokens, "decided once"
+        taken.append(tokens == 512)
+    return taken
+
+
+def test_a_hit_that_costs_more_than_computing_it_is_not_taken(world: World) -> None:
+    measured(world, prefill_s=0.1, load_s=0.4)
+    taken = hits(world, 40)
+    assert [at for at, took in enumerate(taken) if took] == [15, 31], "to go on measuring"
+    assert world.half.counters["hits_declined"] == 38
+
+
+def test_a_hit_that_costs_less_is_taken(world: World) -> None:
+    measured(world, prefill_s=0.4, load_s=0.1)
+    assert all(hits(world, 20))
+
+
+def test_before_both_are_measured_every_hit_is_taken(world: World) -> None:
+    assert all(hits(world, 3))
+
+
+def test_configuration_can_force_every_hit() -> None:
+    world = World(settings={"hits": "always"})
+    measured(world, prefill_s=0.1, load_s=0.4)
+    assert all(hits(world, 20))
+
+
+def test_a_hand_off_is_always_taken(world: World) -> None:
+    measured(world, prefill_s=0.1, load_s=0.4)
+    hint = {"do_remote_prefill": True, "do_remote_decode": False}
+    request = world.new(FakeRequest("d", 600, kv_transfer_params=hint), usable=5)
+    assert world.match(request) == (600, True)
+
+
+def test_hits_below_the_configured_floor_are_computed() -> None:
+    world = World(settings={"min_hit_tokens": 513})
+    assert hits(world, 2) == [False, False]
+    assert world.match(world.new(FakeRequest("b", 700, seed=7), usable=5)) == (640, True)
