@@ -33,6 +33,7 @@ from kvserver.router.intake import Door, Intake, Share
 from kvserver.router.settings import ProxySettings
 
 CLIENT_GONE = "client_gone"
+NAME_CHARS_MAX = 128  # of a request, in logs
 log = logs.get_logger("proxy")
 
 
@@ -73,6 +74,10 @@ class Proxy:
         except ProxyError as error:
             outcome = error.code
             self._fail(call, error)
+        except Exception:
+            outcome = "internal"
+            logs.event(log, "internal_error", logging.ERROR, request=call.name)
+            self._fail(call, ProxyError(500, outcome, "the proxy failed; its log says how"))
         finally:
             self._metrics.requests.labels(outcome).inc()
             self._tell(call, outcome)
@@ -131,7 +136,7 @@ class Proxy:
             return leg
         headers = [*leg.headers]
         if "X-Request-Id" not in call.request.headers:
-            call.name = str(parsed.get("request_id") or uuid.uuid4().hex)
+            call.name = str(parsed.get("request_id") or uuid.uuid4().hex)[:NAME_CHARS_MAX]
             if "request_id" not in parsed:
                 headers.append(("X-Request-Id", call.name))
         prefill = Leg(
@@ -174,7 +179,7 @@ class _Call:
     def __init__(self, request: web.Request) -> None:
         self.request = request
         self.began = time.monotonic()
-        self.name = request.headers.get("X-Request-Id", "")
+        self.name = request.headers.get("X-Request-Id", "")[:NAME_CHARS_MAX]
         self.alone = ""
         self.response: web.StreamResponse | None = None
 

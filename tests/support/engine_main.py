@@ -43,13 +43,18 @@ def main() -> None:
 
 
 def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
-    """Serve in a fork of a process that is not ours alone: make it ours first."""
+    """Serve in a fork of a process that is not ours alone."""
+    own_process(environment, streams)
+    serve(settings)
+
+
+def own_process(environment: dict[str, str], streams: Streams) -> None:
+    """Make a fork a process of its own: its session, environment and streams."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # it was worked out for the environment of before
     streams.take()
-    serve(settings)
 
 
 def serve(settings: dict[str, Any]) -> None:

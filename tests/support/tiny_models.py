@@ -70,3 +70,36 @@ def prompt(seed: int, tokens: int, shape: Shape = TINY) -> list[int]:
 
     source = random.Random(seed)
     return [source.randrange(2, shape.vocab) for _ in range(tokens)]
+
+
+CHAT_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_tokenizer(directory: Path, shape: Shape = TINY) -> None:
+    """A byte-level tokenizer with exactly `shape.vocab` tokens and a chat template, beside a model:
+    every text has tokens, and every token is text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(ord("a") + i) for i in range(26)]
+    words = [(a, b) for a in ["\u0120", *letters] for b in letters]  # U+0120: a space's byte
+    digits = [(str(a), str(b)) for a in range(10) for b in range(10)]
+    special, alphabet = ["<s>", "</s>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [*words, *digits][: shape.vocab - len(alphabet) - len(special)]
+    vocab = [*special, *alphabet, *(a + b for a, b in merges)]
+    assert len(vocab) == len(set(vocab)) == shape.vocab
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[1],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(directory)

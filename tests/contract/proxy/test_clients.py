@@ -248,6 +248,35 @@ async def test_garbage_is_refused_in_openais_shape(engine, proxy, body: bytes) -
     assert p.requests == d.requests == []
 
 
+async def test_a_bug_of_ours_is_500_in_openais_shape(engine, proxy, monkeypatch) -> None:
+    p, d = await engine(), await engine()
+    rig = await proxy([p], [d])
+
+    async def fails(leg) -> dict[str, object]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rig.server.engines, "run_prefill", fails)
+    async with rig.post("/v1/completions", COMPLETION) as response:
+        status, code, message = await _error(response)
+    assert (status, code) == (500, "internal")
+    assert "ZeroDivision" not in message
+    await _idle(rig)
+
+
+async def test_a_requests_name_is_short_in_logs(engine, proxy, caplog) -> None:
+    p, d = await engine(), await engine()
+    await p.stop()
+    rig = await proxy([p], [d])
+    with caplog.at_level("DEBUG", logger="kvserver"):
+        body = {**COMPLETION, "request_id": "r" * 5000}
+        async with rig.post("/v1/completions", body) as response:
+            assert response.status == 200
+    names = [r.fields["request"] for r in caplog.records if "request" in r.fields]
+    assert names
+    assert {len(name) for name in names} == {128}
+    assert d.requests[0].json["request_id"] == "r" * 5000
+
+
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 100])
 async def test_what_is_no_http_ends_its_connection_only(engine, proxy, garbage: bytes) -> None:
     p, d = await engine(), await engine()
