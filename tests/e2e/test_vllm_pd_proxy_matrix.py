@@ -3,8 +3,6 @@ engine of each side killed."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +111,7 @@ def test_the_engines_that_are_left_answer_as_before(cluster: Cluster) -> None:
     urls = [e.url for e in cluster.p], [e.url for e in cluster.d]
     with ProxyProcess(*urls, log_path=cluster.path / "proxy-left.log") as proxy:
         for engine in (cluster.p[0], cluster.d[0]):
-            os.killpg(engine.pid, signal.SIGKILL)
+            engine.kill()
         got = {n: call(proxy.url, *case) for n, case in cases(LEFT * SETS).items()}
         assert proxy.legs("prefill", "done") == len(got)
     assert _wrong(got, cluster.alone[LEFT]) == {}

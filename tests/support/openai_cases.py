@@ -203,7 +203,10 @@ def _add(whole: dict[str, Any], part: dict[str, Any]) -> None:
             whole[name] = value
 
 
-_NAMES = frozenset({"id", "created", "kv_transfer_params", "prompt_tokens_details"})
+# Of the request, of the engine and its configuration, and where the prompt's KV came from.
+_NAMES = frozenset(
+    {"id", "created", "system_fingerprint", "kv_transfer_params", "prompt_tokens_details"}
+)
 
 
 def _differences(got: Any, want: Any, where: str) -> Iterator[str]:

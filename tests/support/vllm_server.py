@@ -136,6 +136,11 @@ class VllmServer:
             for pid in behind:
                 os.kill(pid, signal.SIGCONT)
 
+    def kill(self) -> None:
+        """SIGKILL to all of it, and wait until its port is free."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.join(END_S)
+
     def close(self) -> None:
         """End the server and its engine core."""
         self._process.terminate()
