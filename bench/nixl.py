@@ -1,6 +1,6 @@
 """What kvserver adds to bare NIXL: the same bytes with the same descriptors, in turns.
 
-    python -m bench.nixl [--rounds 12] [--block-mib 2] [--batch 32]
+    python -m bench.nixl [--rounds 12] [--block-mib 2] [--batch 32] [--direct]
 
 Three ways, one after the other in each round, because the speed of a machine drifts; the figure is
 the median of the ratios to the bare transfer just before.
@@ -12,6 +12,9 @@ the median of the ratios to the bare transfer just before.
          arrived; the staging is filled beforehand, nothing is committed
   whole  `push` and `pull` of the client: reserve, copy and hash into staging, Move, commit; or
          acquire, Move, copy and check, release
+
+With `--direct` the memory of all three is the client's own, registered, and `whole` copies nothing:
+it hashes where the bytes lie. CPU time is that of both processes, client and hub.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import mmap
+import os
 import statistics
 import subprocess
 import sys
@@ -29,22 +33,25 @@ from pathlib import Path
 import numpy as np
 
 from bench import machine
-from kvclient import AsyncClient
+from kvclient import AsyncClient, AsyncNamespace
 from kvclient.copying import Reading, Slot, Writing
 from kvclient.timing import Deadline
-from kvclient.transfer.nixl import NixlTransfer, _parts, _rooms
+from kvclient.transfer.cutting import direct_addresses, parts, rooms, staged_addresses
+from kvclient.transfer.direct import Scattered
+from kvclient.transfer.nixl import DIRECT_BYTES, NixlTransfer
 from kvclient.transfer.ring import EXTENTS, Ring
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op
 from kvproto.nixlib import Agent, Memory, State
+from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.transfer.nixl import POST_BYTES, cut
 from tests.support.payload import Blocks
-from tests.support.server import start_server
+from tests.support.server import ServerProcess, start_server
 
 
 def bare_process() -> None:
-    """The initiator: METADATA BASE BYTES on the first line, then `read N` or `write N`."""
-    metadata, base, size = sys.stdin.readline().split()
+    """The initiator: METADATA BYTES on the first line, then `read ADDRESS ...` or `write ...`."""
+    metadata, size = sys.stdin.readline().split()
     # The same kind of memory as the hub's arena: a file on tmpfs, without huge pages.
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.truncate(int(size))
@@ -56,7 +63,7 @@ def bare_process() -> None:
     peer = agent.add_peer(bytes.fromhex(metadata))
     print("ready", flush=True)
     for line in sys.stdin:
-        word, pieces, piece, times = line.split()
+        word, base, pieces, piece, times = line.split()
         starts = np.arange(int(pieces), dtype=np.uint64) * np.uint64(piece)
         # Slots are where they are: a set of its own each time, out of all of the memory.
         slots = rng.permutation(len(mine) // int(piece))[: int(pieces)].astype(np.uint64)
@@ -80,14 +87,12 @@ def bare_process() -> None:
 
 class Bare:
     def __init__(self, transfer: NixlTransfer, memory_bytes: int) -> None:
-        ring = transfer._ring
-        assert ring is not None
         assert transfer._agent is not None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.nixl", "--bare"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._ask(f"{transfer._agent.metadata().hex()} {ring.address} {memory_bytes}")
+        self._ask(f"{transfer._agent.metadata().hex()} {memory_bytes}")
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -96,30 +101,61 @@ class Bare:
         self._process.stdin.flush()
         return self._process.stdout.readline()
 
-    def seconds(self, word: str, *, pieces: int, piece_bytes: int, times: int) -> float:
-        return float(self._ask(f"{word} {pieces} {piece_bytes} {times}"))
+    def seconds(
+        self, word: str, address: int, *, pieces: int, piece_bytes: int, times: int
+    ) -> float:
+        return float(self._ask(f"{word} {address} {pieces} {piece_bytes} {times}"))
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10)
 
 
-async def moves(
-    transfer: NixlTransfer, op: Op, work: Writing | Reading, ring: Ring, ahead: int
-) -> float:
-    """All parts of the work as Moves, `ahead` at once, without copies here."""
-    parts = list(_parts(work, ring.extent_bytes))
+Requests = list[pb.MoveRequest]
+
+
+def staged_requests(
+    transfer: NixlTransfer, op: Op, work: Writing | Reading, ring: Ring
+) -> Requests:
+    """All parts of the work as Moves of what stands in the ring."""
     requests = []
-    for at, part in enumerate(parts):
+    indices = range(len(work.slots))
+    for at, part in enumerate(parts(work, indices, ring.extent_bytes)):
         extent = at % EXTENTS
-        request = transfer._request(
-            op, work, part, next(transfer._numbers), ring.address_of(extent)
-        )
+        addresses = staged_addresses(part, ring.address_of(extent))
+        request = transfer._request(op, work, part, next(transfer._numbers), addresses)
         if op is Op.WRITE:
-            rooms = _rooms(work, part, ring.view(extent))
-            sums = np.stack([grid_checksums(rooms[i]) for i in part.indices])
+            held = rooms(part, ring.view(extent))
+            sums = np.stack([grid_checksums(held[i]) for i in part.indices])
             request.checksums = sums.astype("<u8").tobytes()
         requests.append(request)
+    return requests
+
+
+def direct_requests(
+    transfer: NixlTransfer, op: Op, work: Writing | Reading, memory: np.ndarray
+) -> Requests:
+    """The same of registered memory."""
+    memories = transfer._memories
+    assert memories is not None
+    found: dict[int, Scattered] = {}
+    for index, block in enumerate(memory[: len(work.slots)]):
+        place = memories.scattered(block)
+        assert place is not None
+        found[index] = place
+    requests = []
+    for part in parts(work, list(found), DIRECT_BYTES, found):
+        addresses, _ = direct_addresses(part)
+        request = transfer._request(op, work, part, next(transfer._numbers), addresses)
+        if op is Op.WRITE:
+            sums = np.stack([grid_checksums(memory[i]) for i in part.indices])
+            request.checksums = sums.astype("<u8").tobytes()
+        requests.append(request)
+    return requests
+
+
+async def moves(transfer: NixlTransfer, requests: Requests, ahead: int) -> float:
+    """These Moves, `ahead` at once, without copies here."""
     queue = iter(requests)
 
     async def worker() -> None:
@@ -133,76 +169,123 @@ async def moves(
     return time.perf_counter() - began
 
 
-async def measure(rounds: int, block_bytes: int, batch: int, ahead: int) -> None:
+class Bench:
+    """One hub, one client, the bare process, and what was measured."""
+
+    def __init__(self, client: AsyncClient, hub: ServerProcess, blocks: Blocks, batch: int) -> None:
+        transfer = client.session.link.transfer
+        assert isinstance(transfer, NixlTransfer)
+        assert transfer._ring is not None
+        self.transfer, self.ring, self.direct = transfer, transfer._ring, transfer.direct
+        self.blocks, self.batch, self.hub = blocks, batch, hub
+        self.size = batch * blocks.payload_bytes
+        self.source, self.out = blocks.out(batch), blocks.out(batch)
+        self.source[:] = np.random.default_rng(1).integers(0, 256, blocks.shape, np.uint8)
+        self.ratios: dict[str, list[float]] = {}
+        self.speeds: dict[str, list[float]] = {}
+        self.cpu_ms: dict[str, list[float]] = {}
+        pieces = (
+            batch if self.direct else min(batch, self.ring.bytes.nbytes // blocks.payload_bytes)
+        )
+        self._shape = {
+            "pieces": pieces, "piece_bytes": blocks.payload_bytes, "times": batch // pieces,
+        }  # fmt: skip
+
+    def start_bare(self, host_bytes: int) -> None:
+        self.bare_process = Bare(self.transfer, host_bytes)
+
+    def bare(self, word: str) -> float:
+        memory = self.source if word == "read" else self.out
+        address = int(memory.ctypes.data) if self.direct else self.ring.address
+        return self.bare_process.seconds(word, address, **self._shape)
+
+    def note(self, name: str, seconds: float, bare: float, cpu_s: float) -> None:
+        self.ratios.setdefault(name, []).append(bare / seconds)
+        self.speeds.setdefault(name, []).append(self.size / seconds / 1e9)
+        self.speeds.setdefault("bare " + name.split()[1], []).append(self.size / bare / 1e9)
+        self.cpu_ms.setdefault(name, []).append(cpu_s * 1e3 * (1 << 20) / self.size)
+
+    def cpu_s(self) -> float:
+        with open(f"/proc/{self.hub.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+    async def round(self, namespace: AsyncNamespace, number: int, ahead: int) -> None:
+        grid, batch = self.blocks.spec.grid, self.batch
+        keys = self.blocks.chain(2 * number, batch)
+        others = self.blocks.chain(2 * number + 1, batch)
+        warm = number == 0  # memory is touched, connections stand
+
+        bare = self.bare("read")
+        async with await namespace.reserve(others) as held:
+            slots = [held._slots[i] for i in range(batch)]
+            writing = Writing(grid, grid.whole, slots, None, hold=held._id)
+            requests = self._requests(Op.WRITE, writing, self.source)
+            cpu = self.cpu_s()
+            seconds = await moves(self.transfer, requests, ahead)
+            if not warm:
+                self.note("move push", seconds, bare, self.cpu_s() - cpu)
+        bare, cpu = self.bare("read"), self.cpu_s()
+        began = time.perf_counter()
+        assert (await namespace.push(keys, self.source)).written == batch
+        if not warm:
+            self.note("whole push", time.perf_counter() - began, bare, self.cpu_s() - cpu)
+
+        bare = self.bare("write")
+        async with namespace.acquire(keys) as stream:
+            grant = await stream.next_batch(Deadline(10))
+            assert grant is not None
+            got: list[Slot] = list(grant.slots)
+            reading = Reading(grid, grid.whole, got, None, hold=grant.lease)
+            requests = self._requests(Op.READ, reading, self.out)
+            cpu = self.cpu_s()
+            seconds = await moves(self.transfer, requests, ahead) * batch / len(got)
+            if not warm:
+                self.note("move pull", seconds, bare, self.cpu_s() - cpu)
+            grant.release(len(got))
+        bare, cpu = self.bare("write"), self.cpu_s()
+        began = time.perf_counter()
+        assert (await namespace.pull(keys, self.out)).found.all()
+        if not warm:
+            self.note("whole pull", time.perf_counter() - began, bare, self.cpu_s() - cpu)
+        assert np.array_equal(self.out, self.source)
+
+    def _requests(self, op: Op, work: Writing | Reading, memory: np.ndarray) -> Requests:
+        if self.direct:
+            return direct_requests(self.transfer, op, work, memory)
+        return staged_requests(self.transfer, op, work, self.ring)
+
+
+async def measure(rounds: int, block_bytes: int, batch: int, ahead: int, *, direct: bool) -> None:
     blocks = Blocks(layers=8, heads=4, page_bytes=block_bytes // (8 * 4 * 8))
     size = batch * blocks.payload_bytes
-    ratios: dict[str, list[float]] = {}
-    speeds: dict[str, list[float]] = {}
-
-    def note(name: str, seconds: float, bare: float) -> None:
-        ratios.setdefault(name, []).append(bare / seconds)
-        speeds.setdefault(name, []).append(size / seconds / 1e9)
-        speeds.setdefault("bare " + name.split()[1], []).append(size / bare / 1e9)
-
     host_bytes = 4 * size + (256 << 20)
     with tempfile.TemporaryDirectory() as directory:
         server = start_server(Path(directory), host_bytes=host_bytes, nixl_enabled="true")
-        client = await AsyncClient.connect(server.address, transport="nixl", deadline_s=60)
-        transfer = client.session.link.transfer
-        assert isinstance(transfer, NixlTransfer)
-        ring = transfer._ring
-        assert ring is not None
-        bare = Bare(transfer, host_bytes)
-        pieces = min(batch, ring.bytes.nbytes // blocks.payload_bytes)
-        shape = {"pieces": pieces, "piece_bytes": blocks.payload_bytes, "times": batch // pieces}
+        client = await AsyncClient.connect(
+            server.address, transport="nixl", deadline_s=60, direct=direct
+        )
+        bench = Bench(client, server, blocks, batch)
+        if direct:
+            await client.register(bench.source)
+            await client.register(bench.out)
+        bench.start_bare(host_bytes)
         namespace = await client.open_namespace(blocks.spec)
-        source = blocks.out(batch)
-        source[:] = np.random.default_rng(1).integers(0, 256, source.shape[1:], np.uint8)
-        out = blocks.out(batch)
-        grid = blocks.spec.grid
         for number in range(rounds + 1):
-            keys = blocks.chain(2 * number, batch)
-            others = blocks.chain(2 * number + 1, batch)
-
-            before = bare.seconds("read", **shape)
-            async with await namespace.reserve(others) as held:
-                slots = [held._slots[i] for i in range(batch)]
-                work = Writing(grid, grid.whole, slots, None, hold=held._id)
-                moved = await moves(transfer, Op.WRITE, work, ring, ahead)
-            before_whole = bare.seconds("read", **shape)
-            began = time.perf_counter()
-            assert (await namespace.push(keys, source)).written == batch
-            pushed = time.perf_counter() - began
-
-            before_pull = bare.seconds("write", **shape)
-            async with namespace.acquire(keys) as stream:
-                grant = await stream.next_batch(Deadline(10))
-                assert grant is not None
-                got: list[Slot] = list(grant.slots)
-                reading = Reading(grid, grid.whole, got, None, hold=grant.lease)
-                pulled_moves = await moves(transfer, Op.READ, reading, ring, ahead)
-                share = len(got) / batch
-                grant.release(len(got))
-            before_whole_pull = bare.seconds("write", **shape)
-            began = time.perf_counter()
-            assert (await namespace.pull(keys, out)).found.all()
-            pulled = time.perf_counter() - began
-            if number == 0:
-                continue  # memory is touched, connections stand
-            note("move push", moved, before)
-            note("whole push", pushed, before_whole)
-            note("move pull", pulled_moves / share, before_pull)
-            note("whole pull", pulled, before_whole_pull)
-        assert np.array_equal(out, source)
-        bare.close()
+            await bench.round(namespace, number, ahead)
+        bench.bare_process.close()
         await client.close()
         server.close()
     print(machine.facts())
     print(f"{batch} blocks of {blocks.payload_bytes >> 20} MiB, {POST_BYTES >> 20} MiB a post,"
-          f" {rounds} rounds, {ahead} moves ahead")  # fmt: skip
-    for name, found in sorted(speeds.items()):
-        ratio = f"  {statistics.median(ratios[name]):.2f} of bare" if name in ratios else ""
-        print(f"{name:12} {statistics.median(found):6.2f} GB/s{ratio}")
+          f" {rounds} rounds, {ahead} moves ahead, {'direct' if direct else 'staged'}")  # fmt: skip
+    for name, found in sorted(bench.speeds.items()):
+        line = f"{name:12} {statistics.median(found):6.2f} GB/s"
+        if name in bench.ratios:
+            line += f"  {statistics.median(bench.ratios[name]):.2f} of bare,"
+            line += f" {statistics.median(bench.cpu_ms[name]):.2f} ms of a core per MiB"
+        print(line)
 
 
 def main() -> int:
@@ -211,12 +294,17 @@ def main() -> int:
     parser.add_argument("--block-mib", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ahead", type=int, default=3)
+    parser.add_argument("--direct", action="store_true", help="without staging")
     parser.add_argument("--bare", action="store_true", help="the second process")
     options = parser.parse_args()
     if options.bare:
         bare_process()
     else:
-        asyncio.run(measure(options.rounds, options.block_mib << 20, options.batch, options.ahead))
+        block_bytes = options.block_mib << 20
+        work = measure(
+            options.rounds, block_bytes, options.batch, options.ahead, direct=options.direct
+        )
+        asyncio.run(work)
     return 0
 
 
