@@ -32,6 +32,7 @@ import grpc
 import numpy as np
 
 from bench import machine
+from bench.transfer import wait_resident
 from kvproto import frames
 from kvproto.frames import Hello, Op, Place, Request
 from kvproto.grid import Region
@@ -133,8 +134,9 @@ class Far:
         began = time.perf_counter()
         while time.perf_counter() - began < seconds:
             place = self._writable[sent % BLOCKS]
-            self._data.begin_write(place, WHOLE, self._sums)
+            self._data.begin_write(place, WHOLE, b"")
             sock.sendall(self._payload)
+            sock.sendall(self._sums)
             sent, open_ = sent + 1, open_ + 1
             if open_ == DEPTH:
                 assert self._data.reply().status is frames.Status.OK
@@ -207,6 +209,7 @@ class Subject:
                 lease_ms_max=600_000, reservation_ms_max=600_000, session_ttl_ms=600_000,
             )
         )  # fmt: skip
+        wait_resident(self.server)  # or a Reserve may find no space yet
         engine = Engine(self.server.address, layers=1, heads=1, page_bytes=512)
         keys = [os.urandom(32) for _ in range(KEYS)]
         reply = engine.reserve(keys)

@@ -202,12 +202,15 @@ class Memories:
             if self._owners(block.extents) is None:
                 raise InvalidArgument.of("addresses", "some", "within memory that was registered")
             return block
-        if min(block.strides) < 0 or (block.shape[2] > 1 and block.strides[2] != 1):
+        layer, head, byte = block.strides
+        if min(layer, head) < 0 or (byte != 1 and block.shape[2] > 1) or not block.size:
             return None
-        if not block.size or self._owners(_span(block)) is None:
+        start, count = block.__array_interface__["data"][0], block.shape
+        stop = start + (count[0] - 1) * layer + (count[1] - 1) * head + count[2]
+        if not any(m.address <= start and stop <= m.stop for m in self.registered):
             return None
-        steps = [np.arange(block.shape[axis]) * block.strides[axis] for axis in (0, 1)]
-        addresses = np.uint64(block.ctypes.data) + np.add.outer(*steps).astype(np.uint64)
+        steps = np.arange(count[0])[:, None] * layer + np.arange(count[1]) * head
+        addresses = (steps + start).astype(np.uint64)
         return Scattered(addresses[:, :, None], block.shape[2], lambda a, b: block[a:b])
 
     def _owners(self, extents: Addresses) -> list[object] | None:
