@@ -105,6 +105,12 @@ class Settings:
         count(0, 64),
         _SERVING,
     )
+    tcp_worker_nice: int = option(
+        10,
+        "how far these processes step back behind the server itself where cores are short",
+        count(0, 19),
+        _SERVING,
+    )
     tls_cert: str = option(
         "",
         "PEM file of the server's certificate, for the gRPC and the tcp port; empty: no TLS",

@@ -378,6 +378,7 @@ class Server:
             alive=lambda session, client: self.node.knows(session, client),
             secret=secret,
             workers=settings.tcp_workers,
+            nice=settings.tcp_worker_nice,
             connections_max=settings.tcp_connections_max,
             stall_s=settings.tcp_stall_ms / 1000,
             tls=tls,

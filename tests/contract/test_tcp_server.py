@@ -229,6 +229,22 @@ def worker_of(server: ServerProcess) -> int:
     return worker
 
 
+@pytest.mark.parametrize("nice", [10, 0])
+def test_the_worker_steps_back_behind_the_server(serve: Serve, nice: int) -> None:
+    """What moves bytes must not push the loop off its core (ADR 0005)."""
+    options = {} if nice == 10 else {"tcp_worker_nice": nice}
+    server = serve(host_bytes="8MiB", tcp_listen="127.0.0.1:0", **options)
+    worker = worker_of(server)
+    usual = os.getpriority(os.PRIO_PROCESS, server.pid)
+    policy = os.SCHED_BATCH if nice else os.sched_getscheduler(server.pid)
+
+    def stepped() -> bool:
+        told = os.getpriority(os.PRIO_PROCESS, worker), os.sched_getscheduler(worker)
+        return told == (min(19, usual + nice), policy)
+
+    eventually(stepped, "its scheduling")
+
+
 def test_the_worker_ends_with_a_killed_server(serve: Serve) -> None:
     server = serve(host_bytes="32MiB", tcp_listen="127.0.0.1:0")
     engine = Engine(server)
