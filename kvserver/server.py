@@ -367,9 +367,7 @@ class Server:
         settings = self.settings
         tls = None
         if settings.tls_cert:
-            tls = Tls(
-                cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca
-            )
+            tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         tcp = TcpEndpoint(
             settings.tcp_listen,
             arena=self.host,
