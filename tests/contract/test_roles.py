@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import pytest
@@ -21,11 +21,18 @@ from kvclient import (
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.cli import EXIT_BAD, EXIT_USAGE, main
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 
 BOTH = Role(produces=True, consumes=True)
 CONSUMER = Role(produces=False, consumes=True)
 Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One for all tests that leave it as it was."""
+    with start_server(tmp_path_factory.mktemp("hub")) as server:
+        yield server
 
 
 class Engine:

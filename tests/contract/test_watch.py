@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -31,11 +31,18 @@ from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.cli import main
 from tests.support.payload import Blocks
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 
 BLOCKS = Blocks(layers=2, heads=2, page_bytes=512)
 OTHER = Blocks(layers=2, heads=2, page_bytes=512, name="other")
 Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One for all tests that leave it as it was."""
+    with start_server(tmp_path_factory.mktemp("hub"), disk_bytes="256MiB") as server:
+        yield server
 
 
 async def hear(
@@ -91,8 +98,7 @@ async def test_what_is_told_is_what_the_hub_holds(server: ServerProcess) -> None
             assert set(cached.specs) == {OTHER.spec.id}
 
 
-async def test_one_namespace_and_only_of_the_own_tenant(serve: Serve) -> None:
-    server = serve()
+async def test_one_namespace_and_only_of_the_own_tenant(server: ServerProcess) -> None:
     keys = BLOCKS.chain(1, 2)
     async with (
         AsyncClient.connect(server.address) as client,
