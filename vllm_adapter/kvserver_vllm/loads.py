@@ -20,6 +20,7 @@ FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
 TIERS = {1: "device", 2: "host", 3: "disk"}
 """As the hub numbers them."""
+HOST_TIER = 2
 DIRECT_SHARE = 4
 """A load that needs more than 1/4 of the free blocks is fetched first, without holding any."""
 LOADING_SHARE = 2
@@ -181,6 +182,8 @@ class Loads:
             index = load.start + position
             known = tracked.answer.tiers
             tier = known[index] if index < len(known) else 0
+            if not tier and load.job.fetched:
+                tier = HOST_TIER  # what is being written stands in the hub's memory
             here = min(left, self._common.page_tokens * sum(p != SKIP for p in block.pages))
             counts[tier] = counts.get(tier, 0) + here
             left -= here
