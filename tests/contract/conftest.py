@@ -16,13 +16,23 @@ CROWDED = [name for name, way in WAYS.items() if not way.direct]
 """For tests of many clients at once: what a client costs, it costs with and without staging."""
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
-def way(request: pytest.FixtureRequest) -> Way:
-    """Each transport in turn."""
+def chosen(request: pytest.FixtureRequest) -> Way:
     way = WAYS[request.param]
     if way.missing:
         pytest.skip(way.missing)
     return way
+
+
+def _slow_if_direct(name: str) -> object:
+    """Without staging `make test` asks what a transport must do (test_transports.py), and leaves
+    the rest to `make test-all`."""
+    return pytest.param(name, marks=[pytest.mark.slow] if WAYS[name].direct else [])
+
+
+@pytest.fixture(scope="module", params=list(map(_slow_if_direct, WAYS)))
+def way(request: pytest.FixtureRequest) -> Way:
+    """Each transport in turn."""
+    return chosen(request)
 
 
 @pytest.fixture(scope="module")

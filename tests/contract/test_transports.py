@@ -17,7 +17,7 @@ from kvclient import AsyncClient, KVError
 from kvclient.transfer import tcp
 from kvclient.transfer.nixl import NixlTransfer
 from kvproto import frames
-from tests.contract.conftest import CROWDED, eventually, host_tier
+from tests.contract.conftest import CROWDED, chosen, eventually, host_tier
 from tests.contract.oracle import check_all, fresh
 from tests.support.cutting import CuttingRelay
 from tests.support.payload import Blocks
@@ -25,6 +25,11 @@ from tests.support.server import ServerProcess
 from tests.support.ways import WAYS, Way
 
 BIG = {"layers": 16, "heads": 8, "page_bytes": 4096}  # 4 MiB a block
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def way(request: pytest.FixtureRequest) -> Way:
+    return chosen(request)
 
 
 def family(pid: int) -> list[int]:
@@ -90,12 +95,12 @@ async def test_a_server_stopped_in_mid_pull_writes_nothing_later(
 ) -> None:
     """The caller's deadline passes, its memory is used for something else, the server goes on."""
     blocks = fresh(**BIG)
-    async with way.client(hub, deadline_s=1.0) as client:
+    async with way.client(hub) as client:
         namespace = await client.open_namespace(blocks.spec)
         keys = blocks.chain(1, 16)
-        await namespace.push(keys, blocks.payloads(keys), deadline_s=20)
+        await namespace.push(keys, blocks.payloads(keys))
         out = blocks.out(16)
-        pull = asyncio.create_task(namespace.pull(keys, out))
+        pull = asyncio.create_task(namespace.pull(keys, out, deadline_s=1.0))
         await asyncio.sleep(0.01)
         with Stopped(hub):
             try:
@@ -122,10 +127,10 @@ async def test_a_server_stopped_in_mid_push_commits_nothing_wrong(
 ) -> None:
     blocks = fresh(**BIG)
     keys = blocks.chain(1, 16)
-    async with way.client(hub, deadline_s=1.0) as client:
+    async with way.client(hub) as client:
         namespace = await client.open_namespace(blocks.spec)
         payloads = blocks.payloads(keys)
-        push = asyncio.create_task(namespace.push(keys, payloads))
+        push = asyncio.create_task(namespace.push(keys, payloads, deadline_s=1.0))
         await asyncio.sleep(0.01)
         with Stopped(hub):
             with pytest.raises(KVError):

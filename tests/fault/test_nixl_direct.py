@@ -140,6 +140,7 @@ async def test_a_hub_stopped_in_mid_push_commits_nothing_wrong(serve: Serve, hon
         assert BLOCKS.wrong(keys, out, result.found) == []
 
 
+@pytest.mark.slow
 async def test_pages_that_change_under_a_push_are_not_committed(serve: Serve) -> None:
     """No call fails here: the hub is only slow, and the caller does not keep to the rule."""
     server = small(serve, failpoints="nixl.post=sleep:0.5@1", **LONG)
@@ -176,6 +177,7 @@ async def test_a_cancelled_call_leaves_its_memory_pinned(serve: Serve) -> None:
         assert (engine.memory == 0x33).all()
 
 
+@pytest.mark.slow
 async def test_a_session_that_ends_under_a_pull_is_settled_by_the_next(serve: Serve) -> None:
     """The hub stands still for longer than the session lives; then it goes on, the same hub."""
     server = small(serve, failpoints="nixl.post=sleep:1@1")
