@@ -1,6 +1,6 @@
 """`make bench`: figures of a real kvserver with real clients, as JSON and as a table.
 
-    python -m bench [--quick] [--only transfer|lookup|restart|tcp] [--out FILE]
+    python -m bench [--quick] [--only transfer|lookup|restart|tcp] [--clients N] [--out FILE]
 
 The whole run takes about six minutes and up to 12 GiB of memory on two cores; `--quick` takes
 half a minute and shows that everything works, its figures are no yardstick.
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     if "transfer" in sections:
         plan = transfer.quick_plan() if options.quick else transfer.full_plan()
+        if options.clients:
+            plan = replace(plan, clients=tuple(options.clients))
         rows, notes = transfer.measure(plan, progress)
         result["transfer"] = [asdict(row) for row in rows]
         result["notes"] = notes
@@ -75,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=SECTIONS,
         help="only this section; may be given more than once (default: all)",
+    )
+    parser.add_argument(
+        "--clients",
+        action="append",
+        type=int,
+        help="push and pull with so many clients; may be given more than once (default: 1 and 4)",
     )
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/DATE.json)")
     return parser

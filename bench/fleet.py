@@ -41,6 +41,10 @@ class Fleet:
     def __len__(self) -> int:
         return len(self._pipes)
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
     def all(self, method: str, **arguments: Any) -> list[Any]:
         """Run a command in every worker at once; their results in order."""
         for pipe in self._pipes:

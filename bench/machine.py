@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,6 +46,16 @@ def memory_available_bytes() -> int:
 def load_average() -> float:
     """Runnable tasks over the last minute: a figure taken beside other work says so."""
     return round(os.getloadavg()[0], 2)
+
+
+def core_seconds(processes: Iterable[int]) -> float:
+    """Processor time that the threads of these processes have had so far."""
+    nanoseconds = 0
+    for process in processes:
+        for task in Path(f"/proc/{process}/task").iterdir():
+            with suppress(FileNotFoundError):  # a thread that has just ended
+                nanoseconds += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def _cpu_model() -> str:

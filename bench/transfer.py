@@ -23,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from bench.fleet import Fleet
-from bench.machine import memory_available_bytes
+from bench.machine import core_seconds, memory_available_bytes
 from bench.worker import Timing
 from kvproto.namespace import NamespaceSpec
 from tests.support.server import ServerProcess, start_server
@@ -57,7 +57,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. Speeds in GB/s over all clients; `floor_met` compares `ratio` with the floor."""
+    """One figure. Speeds in GB/s over all clients; `floor_met` compares `ratio` with the floor.
+    `core_ms` is processor time a block, in milliseconds of one core.
+    """
 
     operation: str
     clients: int
@@ -70,6 +72,9 @@ class Row:
     ratio_low: float
     ratio_high: float
     call_ms: float
+    memcpy_core_ms: float
+    client_core_ms: float
+    hub_core_ms: float
     floor: float
     floor_met: bool
 
@@ -134,7 +139,7 @@ def _measure(
         _warm(fleet, operation, arena)
         rows = []
         for batch in batches:
-            row = _row(plan, fleet, operation, batch)
+            row = _row(plan, fleet, server.pid, operation, batch)
             progress(
                 f"{operation}, {clients} client(s), batch {batch}: {row.speed_gb_s:.2f} GB/s, "
                 f"memcpy {row.memcpy_gb_s:.2f}, ratio {row.ratio:.2f}"
@@ -143,24 +148,33 @@ def _measure(
     return rows
 
 
-def _row(plan: Plan, fleet: Fleet, operation: str, batch: int) -> Row:
+def _row(plan: Plan, fleet: Fleet, hub: int, operation: str, batch: int) -> Row:
     calls = max(1, plan.sample_blocks // batch)
-    moved = len(fleet) * calls * batch * plan.block_bytes
+    blocks = len(fleet) * calls * batch
+    moved = blocks * plan.block_bytes
     memcpy: list[float] = []
     speed: list[float] = []
     call_seconds: list[float] = []
+    cores: list[list[float]] = []
     for turn in range(plan.rounds + 1):
+        before = core_seconds(fleet.pids)
         copied = fleet.timed("plan_copy", calls=calls, batch=batch)
+        between, hub_before = core_seconds(fleet.pids), core_seconds([hub])
         timings = fleet.timed(f"plan_{operation}", calls=calls, batch=batch)
+        after, hub_after = core_seconds(fleet.pids), core_seconds([hub])
         if operation == "pull":
             fleet.all("check_pulled", count=2)
         if turn == 0:  # the first pair warms caches and is not counted
             continue
+        cores.append([between - before, after - between, hub_after - hub_before])
         memcpy.append(_speed(copied, moved))
         speed.append(_speed(timings, moved))
         call_seconds += [s for timing in timings for s in timing.calls]
     ratios = sorted(s / m for s, m in zip(speed, memcpy, strict=True))
     ratio = statistics.median(ratios)
+    copy_ms, client_ms, hub_ms = (
+        round(1e3 * statistics.median(column) / blocks, 2) for column in zip(*cores, strict=True)
+    )
     return Row(
         operation=operation,
         clients=len(fleet),
@@ -173,6 +187,9 @@ def _row(plan: Plan, fleet: Fleet, operation: str, batch: int) -> Row:
         ratio_low=round(ratios[0], 3),
         ratio_high=round(ratios[-1], 3),
         call_ms=round(1e3 * statistics.median(call_seconds), 2),
+        memcpy_core_ms=copy_ms,
+        client_core_ms=client_ms,
+        hub_core_ms=hub_ms,
         floor=FLOORS[operation],
         floor_met=ratio >= FLOORS[operation],
     )

@@ -158,7 +158,7 @@ class LocalCalls(asyncio.Protocol):
         left = deadline.left()
         call = _Unary(name, self._loop)
         number = self.begin(call, request, left)
-        timer = self._loop.call_later(left, call.fail, late(name, self.address, deadline.seconds))
+        timer = self._loop.call_later(left, self._expire, call, deadline.seconds)
         try:
             reply = await call.future
         except BaseException:
@@ -168,6 +168,9 @@ class LocalCalls(asyncio.Protocol):
             timer.cancel()
         self.end(number)
         return self.message(name, reply)
+
+    def _expire(self, call: _Unary, seconds: float) -> None:
+        call.fail(late(call.name, self.address, seconds))
 
     def stream(self, name: str, request: Message) -> LocalStream:
         """A call with many replies. Its reader keeps the deadline, and cancels."""

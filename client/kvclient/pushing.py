@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 PUSH_WINDOW_BYTES = 64 << 20  # reserved at once by a push, twice that while windows overlap
 
 
+# An enum's member is looked up by Python code, each time.
+_NO_SPACE = int(PushVerdict.NO_SPACE)
+
+
 class Push:
     """One push: windows of blocks are reserved, copied and committed, each step of one window
     while the others do theirs. `verdicts` fills with PushVerdict. The caller of `run` cancels it at
@@ -42,7 +46,7 @@ class Push:
         self._wait_s = wait_s
         self._deadline = deadline
         self._open: set[Reservation] = set()
-        self.verdicts = np.full(len(hashes), PushVerdict.NO_SPACE, np.uint8)
+        self.verdicts = np.full(len(hashes), _NO_SPACE, np.uint8)
 
     async def run(self) -> None:
         windows = list(self._windows(range(len(self._hashes))))
@@ -65,11 +69,13 @@ class Push:
         """What found no space while this push itself held some is tried again, one window at a
         time, as long as that helps.
         """
-        left = np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
+        if not (self.verdicts == _NO_SPACE).any():
+            return
+        left = np.flatnonzero(self.verdicts == _NO_SPACE).tolist()
         while left and len(left) < len(self.verdicts):
             for window in self._windows(left):
                 await self._whole(window)
-            before, left = left, np.flatnonzero(self.verdicts == PushVerdict.NO_SPACE).tolist()
+            before, left = left, np.flatnonzero(self.verdicts == _NO_SPACE).tolist()
             if len(left) == len(before):
                 return
 

@@ -83,14 +83,19 @@ class Metrics:
         self._calls = Counter(
             "kvserver_rpcs", "Calls by their status.", ["rpc", "code"], registry=self.registry
         )
+        self._series: dict[tuple[str, str], tuple[Histogram, Counter]] = {}
         self.registry.register(_StatsCollector(stats))
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
 
     def observe(self, rpc: str, seconds: float, code: str) -> None:
         """One call has ended."""
-        self._latency.labels(rpc).observe(seconds)
-        self._calls.labels(rpc, code).inc()
+        series = self._series.get((rpc, code))
+        if series is None:  # found once: looking labels up costs more than counting
+            series = self._latency.labels(rpc), self._calls.labels(rpc, code)
+            self._series[rpc, code] = series
+        series[0].observe(seconds)
+        series[1].inc()
 
     def listen(self, address: str) -> str:
         """Serve /metrics; the address in use. OSError when it is taken."""

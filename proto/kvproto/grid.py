@@ -137,6 +137,8 @@ class Grid:
 
     def mask(self, region: Region) -> int:
         """Bits of the region's cells."""
+        if region.heads == self.heads:  # whole layers follow each other
+            return ((1 << region.cells) - 1) << (region.layer_start * self.heads)
         row = ((1 << region.heads) - 1) << region.head_start
         mask = 0
         for layer in range(region.layer_start, region.layer_stop):
