@@ -46,6 +46,7 @@ CHUNK_BYTES = 512 << 10  # measured best of 128 KiB to 2 MiB, with 2 MiB of L2 a
 TASK_BYTES_MIN = 1 << 20
 TASK_BYTES = 4 << 20
 THREADS = 2
+HERE_BYTES_MAX = 8 << 20  # work of which the loop's thread does a part: 4 MiB at most, about 1 ms
 
 Checksums = npt.NDArray[np.uint64]
 
@@ -90,12 +91,15 @@ class Copier:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def run(self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]]) -> None:
+    async def run(
+        self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]], *, here: bool = False
+    ) -> None:
         """Run `task` for every piece, each list in one thread. When cancelled, tell it to stop
-        and return only after the last copy has ended.
+        and return only after the last copy has ended. With `here` the loop's own thread does the
+        last list, while the others run: it stands still for that long, and spares two wake-ups.
         """
-        if not pieces:
-            return
+        *pieces, own = (*pieces, []) if not here else pieces
+        failure: Exception | None = None
         stop = threading.Event()
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -120,6 +124,12 @@ class Copier:
         for future in futures:
             future.add_done_callback(one_ended)
         try:
+            work(own)
+        except Exception as error:
+            failure = error
+        if not futures:
+            ended.set()
+        try:
             await ended.wait()
         except asyncio.CancelledError:
             stop.set()
@@ -133,6 +143,8 @@ class Copier:
             if future.cancelled():
                 raise Unavailable("the client is closed")
             future.result()
+        if failure is not None:
+            raise failure
 
     def split(self, layers: int, layer_bytes: int, indices: Sequence[int]) -> list[list[Piece]]:
         """Tasks for these blocks: big blocks are cut between layers, small ones are gathered."""
@@ -384,7 +396,9 @@ def _read(arena: Arena, work: Reading, piece: Piece) -> Outcome:
 
 
 class Mapped:
-    """`put` and `get` of an Arena: this process copies, in the copy threads."""
+    """`put` and `get` of an Arena: this process copies, in the copy threads and, where that is
+    little, in the loop's.
+    """
 
     @property
     def mapped(self) -> Literal[True]:
@@ -398,12 +412,19 @@ class Mapped:
         """Nothing is registered here."""
 
     async def put(self: Arena, work: Writing, copier: Copier) -> None:
-        pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
-        await copier.run(partial(write_piece, self, work), pieces)
+        await _run(partial(write_piece, self, work), work, copier)
 
     async def get(self: Arena, work: Reading, copier: Copier) -> None:
-        pieces = copier.split(work.region.layers, _layer_bytes(work), range(len(work.slots)))
-        await copier.run(partial(read_piece, self, work), pieces)
+        await _run(partial(read_piece, self, work), work, copier)
+
+
+async def _run(task: Callable[[Piece], None], work: Writing | Reading, copier: Copier) -> None:
+    count, layers = len(work.slots), work.region.layers
+    tokens = max((slot.tokens for slot in work.slots), default=work.grid.block_tokens)
+    layer_bytes = work.region.heads * work.grid.cell_bytes(tokens)
+    small = count * layers * layer_bytes <= HERE_BYTES_MAX
+    pieces = copier.split(layers, layer_bytes, range(count))
+    await copier.run(task, pieces, here=small and bool(pieces))
 
 
 def check_blocks(transfer: Transfer, blocks: Sequence[Block]) -> None:
@@ -423,8 +444,3 @@ def as_array(block: Block) -> Bytes:
 def as_arena(transfer: Transfer) -> Arena | None:
     """The same, when this process maps the hub's memory."""
     return cast("Arena", transfer) if transfer.mapped else None
-
-
-def _layer_bytes(work: Writing | Reading) -> int:
-    tokens = max((slot.tokens for slot in work.slots), default=work.grid.block_tokens)
-    return work.region.heads * work.grid.cell_bytes(tokens)

@@ -307,3 +307,28 @@ def test_cells_of_is_a_view_of_the_region() -> None:
     assert cells.shape == (2, 2, 512)
     assert np.shares_memory(cells, slot)
     assert np.array_equal(cells[1, 0], slot[(2 * 4 + 2) * 512 : (2 * 4 + 3) * 512])
+
+
+async def test_the_loops_thread_does_a_part_and_waits_for_the_others() -> None:
+    copier, threads = Copier(2), {}
+    gate = threading.Event()
+
+    def note(piece: Piece) -> None:
+        threads[piece.index] = threading.current_thread()
+        if piece.index == 0:
+            assert gate.wait(5), "the part of the loop's thread runs beside it"
+        else:
+            gate.set()
+
+    await copier.run(note, [[Piece(0, 0, 1)], [Piece(1, 0, 1)]], here=True)
+    assert threads[1] is threading.current_thread()
+    assert threads[0] is not threading.current_thread()
+    await copier.run(note, [[Piece(2, 0, 1)]], here=True)
+    assert threads[2] is threading.current_thread()
+
+    def fail(piece: Piece) -> None:
+        raise ValueError(f"piece {piece.index}")
+
+    with pytest.raises(ValueError, match="piece 1"):
+        await copier.run(fail, [[], [Piece(1, 0, 1)]], here=True)
+    copier.close()
