@@ -48,7 +48,7 @@ def _machine(result: dict[str, Any]) -> str:
 def _transfer(rows: list[dict[str, Any]]) -> str:
     head = ("shm", "clients", "batch", "block", "memcpy GB/s", "GB/s", "ratio", "range")
     return aligned(
-        (*head, "call ms", "floor", ""),
+        (*head, "call ms", "core-ms: memcpy", "client", "hub", "floor", ""),
         [
             (
                 row["operation"],
@@ -60,6 +60,9 @@ def _transfer(rows: list[dict[str, Any]]) -> str:
                 f"{row['ratio']:.2f}",
                 f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
                 f"{row['call_ms']:.1f}",
+                f"{row['memcpy_core_ms']:.2f}",
+                f"{row['client_core_ms']:.2f}",
+                f"{row['hub_core_ms']:.2f}",
                 f"{row['floor']:.1f}",
                 "pass" if row["floor_met"] else "MISS",
             )
