@@ -367,7 +367,8 @@ class Server:
         settings = self.settings
         tls = None
         if settings.tls_cert:
-            tls = Tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+            tls = Tls(cert=cert, key=key, client_ca=client_ca)
         tcp = TcpEndpoint(
             settings.tcp_listen,
             arena=self.host,
