@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,25 +66,6 @@ def test_every_byte_goes_to_its_place(order: Order, data: st.DataObject) -> None
     for at in chosen:
         wanted |= expected(order, at)
     assert moved == wanted
-
-
-def one(address: int, cell_bytes: int = 64) -> Order:
-    region = Region(0, 2, 0, 1)
-    place = Place(1, 0, 1, cell_bytes, 2, 1, region)
-    return Order(1, Op.READ, region, [place], np.array([[address]], np.uint64), None, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("address", "inside"),
-    [(1000, True), (1127, True), (1128, False), (999, False), (5000, True), ((1 << 64) - 1, False)],
-)
-def test_within_counts_every_byte(address: int, inside: bool) -> None:
-    extents = np.array([[1000, 255], [5000, 128]], np.uint64)
-    assert one(address).within(extents) is inside
-
-
-def test_a_piece_may_not_reach_from_one_extent_into_the_next() -> None:
-    assert not one(1000).within(np.array([[1000, 100], [1100, 100]], np.uint64))
 
 
 def test_corrupt_names_what_does_not_match() -> None:
