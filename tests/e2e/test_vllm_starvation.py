@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from kvproto.prefix import prefix_hashes
 from tests.support.engines import Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
+    DISTINCT_TOKENS_MIN,
     answer_complaints,
     cells,
     page_complaints,
@@ -114,3 +116,25 @@ def test_twenty_four_equal_prompts_are_pulled_once(small: Small) -> None:
     assert small.events("pulled") - before == len(SAME) // BLOCK
     for answer in answers:
         assert answer_complaints(answer, want) == []
+
+
+def test_thirty_mixed_requests_drain_and_give_every_block_back(small: Small) -> None:
+    small.engine.reset_prefix_cache()
+    free = small.engine.free_blocks()
+    hits = [prompt(60 + n, 300 + 64 * n) for n in range(5)]
+    wanted = [small.write(tokens) for tokens in hits]
+    others = [prompt(80 + n, 40 + 60 * n) for n in range(10)]
+    alone = [small.writer.generate(tokens, tokens=TOKENS) for tokens in others]
+    began = time.monotonic()
+    delays = [0.02 * n for n in range(30)]
+    mixed = [*hits, *others] * 2
+    answers = small.engine.finish(
+        small.engine.begin(mixed, tokens=TOKENS, delays=delays), timeout_s=60.0
+    )
+    assert time.monotonic() - began < 60
+    for answer, want in zip(answers, [*wanted, *alone] * 2, strict=True):
+        complaints = answer_complaints(answer, want)
+        assert [c for c in complaints if not c.startswith("only ")] == []
+    assert len({token for answer in answers for token in answer.tokens}) >= DISTINCT_TOKENS_MIN
+    small.engine.idle(0.2)
+    assert small.engine.free_blocks() == free
