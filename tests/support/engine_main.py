@@ -17,6 +17,9 @@ import time
 from multiprocessing.reduction import DupFd
 from typing import Any
 
+PHASE_S = 60.0
+RESET_S = 30.0
+
 
 class Streams:
     """Standard input, output and error of a process to be; pickled while it is started."""
@@ -90,6 +93,7 @@ class Driver:
     def __init__(self, engine: Any) -> None:
         self._engine = engine.llm_engine
         self._count = 0
+        self._preempted: set[str] = set()
 
     def run(self, commands: queue.Queue[dict[str, Any]], answer: Any) -> None:
         while True:
@@ -104,21 +108,32 @@ class Driver:
 
     def _add(
         self,
-        prompt: list[int],
+        prompt: list[int] | dict[str, int],
         tokens: int,
         logprobs: int,
         transfer: dict[str, Any] | None = None,
+        *,
+        salt: str | None = None,
+        priority: int = 0,
         **sampling: Any,
     ) -> str:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._count += 1
         name = f"r{self._count}"
         if transfer is not None:
             sampling["extra_args"] = {"kv_transfer_params": transfer}
         chosen = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, **sampling}
+        if chosen.get("n", 1) > 1:
+            chosen["output_kind"] = RequestOutputKind.FINAL_ONLY
         params = SamplingParams(max_tokens=tokens, logprobs=logprobs, **chosen)
-        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        whole: dict[str, Any] = {"prompt_token_ids": prompt}
+        if isinstance(prompt, dict):
+            whole = {"prompt_embeds": _embeds(**prompt)}
+        if salt is not None:
+            whole["cache_salt"] = salt
+        self._engine.add_request(name, whole, params, priority=priority)
         return name
 
     def _generate(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +177,104 @@ class Driver:
             self._step()
         return {"done": True}
 
+    def _abort_in(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Step until the request is in a phase of its life, and abort it there."""
+        name = self._add(command["prompt"], command["tokens"], 0)
+        self._step_until(name, command["phase"])
+        self._engine.abort_request([name])
+        self._drain()
+        return {"free": self._free()}
+
+    def _reload_in(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Step until the request is in that phase, reset every cache as a weight update does,
+        load the weights of another checkpoint, and finish the request."""
+        name = self._add(command["prompt"], command["tokens"], command["logprobs"])
+        began = time.monotonic()
+        self._step_until(name, command["phase"])
+        refused = self._forget(running=command["running"], insist=command["insist"])
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": command["path"]})
+        while True:
+            for output in self._step():
+                if output.finished:
+                    now = time.monotonic() - began
+                    return {"outputs": [_shown(output, now, now)], "refused": refused}
+
+    def _sleep(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Sleep and wake up, with the weights of another checkpoint if one is named."""
+        deadline = time.monotonic() + RESET_S
+        refused = 0
+        while True:
+            try:
+                self._engine.sleep(level=1)
+                break
+            except RuntimeError:  # pushes still pin pages
+                refused += 1
+                assert time.monotonic() < deadline, "pages stay pinned"
+                self._engine.wake_up()
+                self._step()
+        self._engine.wake_up()
+        if command["path"]:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": command["path"]})
+        return {"refused": refused}
+
+    def _forget(self, *, running: bool, insist: bool) -> int:
+        """Reset all caches; how often vLLM refused. `insist` repeats it until it succeeds."""
+        deadline = time.monotonic() + RESET_S
+        refused = 0
+        while True:
+            try:
+                if self._engine.reset_prefix_cache(running, reset_connector=True):
+                    return refused
+            except RuntimeError:
+                pass
+            refused += 1
+            if not insist:
+                return refused
+            assert time.monotonic() < deadline, "pages stay pinned"
+            self._step()
+
+    @property
+    def _scheduler(self) -> Any:
+        """Of an engine that lives in this process."""
+        return self._engine.engine_core.engine_core.scheduler
+
+    def _step_until(self, name: str, phase: str) -> None:
+        """`waiting`: for a lookup's answer; `loading`, `prefill` (a chunk is done), `decode`."""
+        deadline = time.monotonic() + PHASE_S
+        steps = 0
+        while True:
+            assert time.monotonic() < deadline, f"the request never was in {phase}"
+            for request in self._scheduler.requests.values():
+                status = request.status.name
+                computed = request.num_computed_tokens
+                if (
+                    request.request_id.startswith(name)
+                    and {
+                        "waiting": status == "WAITING" and steps >= 3,
+                        "loading": status == "WAITING_FOR_REMOTE_KVS",
+                        "prefill": status == "RUNNING" and 0 < computed < request.num_prompt_tokens,
+                        "decode": status == "RUNNING" and request.num_output_tokens >= 3,
+                    }[phase]
+                ):
+                    return
+            self._step()
+            steps += 1
+
+    def _drain(self) -> None:
+        """Step until nothing is left to do or to report."""
+        deadline = time.monotonic() + PHASE_S
+        while self._engine.has_unfinished_requests() or self._scheduler.has_requests():
+            assert time.monotonic() < deadline, "the engine never came to rest"
+            self._step()
+
+    def _free(self) -> int:
+        return int(self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _facts(self, command: dict[str, Any]) -> dict[str, Any]:
+        """At rest: free blocks of the pool, and how many requests were ever preempted."""
+        self._drain()
+        return {"free": self._free(), "preempted": len(self._preempted)}
+
     def _reset(self, command: dict[str, Any]) -> dict[str, Any]:
         connector = command["connector"]
         return {"done": self._engine.reset_prefix_cache(reset_connector=connector)}
@@ -184,15 +297,29 @@ class Driver:
     def _step(self) -> list[Any]:
         """One step; like a server's loop, a step without results yields to other threads."""
         outputs: list[Any] = self._engine.step()
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        if core is not None:
+            self._preempted.update(
+                name for name, one in core.scheduler.requests.items() if one.num_preemptions
+            )
         if not outputs:
             time.sleep(0.001)
         return outputs
+
+
+def _embeds(seed: int, tokens: int, hidden: int) -> Any:
+    """Prompt embeddings of random rows; equal seeds share their prefix."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, hidden, generator=generator) * 0.1
 
 
 def _shown(output: Any, first_s: float, last_s: float) -> dict[str, Any]:
     completion = output.outputs[0]
     return {
         "tokens": list(completion.token_ids),
+        "others": [list(other.token_ids) for other in output.outputs[1:]],
         "logprobs": [
             {str(token): value.logprob for token, value in step.items()}
             for step in completion.logprobs or []

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +32,10 @@ CALL_S = 120.0
 
 # Adapter settings for tests that are about bytes, not about time: engines and hub share two cores.
 PATIENT: dict[str, Any] = {"lookup_ms": 10_000, "load_deadline_ms": 60_000, "pin_ms": 10_000}
+
+
+# Token ids, or the seed, tokens and hidden size of random embeddings.
+Prompt = Sequence[int] | Mapping[str, int]
 
 
 class EngineError(AssertionError):
@@ -49,6 +53,8 @@ class Generated:
     total_s: float
     finish: str
     params: dict[str, Any] | None = None
+    others: list[list[int]] = field(default_factory=list)
+    """Tokens of the further samples where n > 1."""
 
 
 def hub_config(
@@ -166,15 +172,15 @@ class Engine:
     # ---- calls -----------------------------------------------------------------------------
 
     def generate(
-        self, prompt: Sequence[int], *, tokens: int = 8, logprobs: int = 5, **sampling: object
+        self, prompt: Prompt, *, tokens: int = 8, logprobs: int = 5, **sampling: object
     ) -> Generated:
         """Greedy decoding of `tokens` tokens. `transfer` are the request's kv_transfer_params,
-        what else stands in `sampling` goes to SamplingParams."""
+        `salt` and `priority` its own; what else stands in `sampling` goes to SamplingParams."""
         return self.generate_many([prompt], tokens=tokens, logprobs=logprobs, **sampling)[0]
 
     def generate_many(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         *,
         tokens: int = 8,
         logprobs: int = 5,
@@ -187,7 +193,7 @@ class Engine:
 
     def begin(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         *,
         tokens: int = 8,
         logprobs: int = 5,
@@ -198,7 +204,7 @@ class Engine:
         each prompt is added, default at once; its times count from there."""
         return self._send(
             "generate",
-            prompts=[list(p) for p in prompts],
+            prompts=[p if isinstance(p, dict) else list(p) for p in prompts],
             tokens=tokens,
             logprobs=logprobs,
             delays=list(delays),
@@ -206,24 +212,51 @@ class Engine:
         )
 
     def finish(self, call: int, timeout_s: float = CALL_S) -> list[Generated]:
-        answer = self._wait(call, timeout_s)
-        return [
-            Generated(
-                tokens=item["tokens"],
-                logprobs=[{int(k): v for k, v in step.items()} for step in item["logprobs"]],
-                cached=item["cached"],
-                params=item["params"],
-                ttft_s=item["ttft_s"],
-                total_s=item["total_s"],
-                finish=item["finish"],
-            )
-            for item in answer["outputs"]
-        ]
+        return [_generated(item) for item in self._wait(call, timeout_s)["outputs"]]
 
     def abort_during(self, prompt: Sequence[int], *, tokens: int, after_s: float) -> None:
         """Start a request and abort it `after_s` seconds later."""
         call = self._send("abort", prompt=list(prompt), tokens=tokens, after_s=after_s)
         self._wait(call, CALL_S)
+
+    def abort_in(self, phase: str, prompt: Sequence[int], *, tokens: int = 50) -> int:
+        """Abort a request in a phase of its life: waiting (for its lookup), loading, prefill or
+        decode. The blocks that are free once the engine has come to rest."""
+        call = self._send("abort_in", phase=phase, prompt=list(prompt), tokens=tokens)
+        return int(self._wait(call, CALL_S)["free"])
+
+    def reload_in(
+        self,
+        phase: str,
+        prompt: Sequence[int],
+        path: Path,
+        *,
+        tokens: int,
+        running: bool = True,
+        insist: bool = True,
+    ) -> Generated:
+        """Reset all caches and load other weights while a request is in that phase; its answer.
+        `running`: requests that run are preempted; `insist`: until vLLM says that it is done."""
+        call = self._send(
+            "reload_in",
+            phase=phase,
+            prompt=list(prompt),
+            path=str(path),
+            tokens=tokens,
+            logprobs=5,
+            running=running,
+            insist=insist,
+        )
+        return self.finish(call)[0]
+
+    def sleep(self, path: Path | None = None) -> int:
+        """Sleep and wake up (with other weights); how often vLLM refused before."""
+        call = self._send("sleep", path=str(path or ""))
+        return int(self._wait(call, CALL_S)["refused"])
+
+    def facts(self) -> dict[str, int]:
+        """At rest: `free` blocks of the pool; requests that ever were `preempted`."""
+        return dict(self._wait(self._send("facts"), CALL_S))
 
     def reset_prefix_cache(self, *, connector: bool = False) -> bool:
         """Forget what the engine itself has cached (and, with `connector`, the adapter)."""
@@ -327,3 +360,16 @@ class Engine:
         if error is None:
             self.end()
         self.close()
+
+
+def _generated(item: dict[str, Any]) -> Generated:
+    return Generated(
+        tokens=item["tokens"],
+        logprobs=[{int(k): v for k, v in step.items()} for step in item["logprobs"]],
+        cached=item["cached"],
+        params=item["params"],
+        ttft_s=item["ttft_s"],
+        total_s=item["total_s"],
+        finish=item["finish"],
+        others=item["others"],
+    )

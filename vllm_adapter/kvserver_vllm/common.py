@@ -124,33 +124,52 @@ class Common:
     def block_pages(
         self,
         tracked: Tracked,
-        index: int,
+        blocks: range,
         block_ids: Sequence[int],
         *,
         begin: int = 0,
         tail: bool = False,
-    ) -> BlockPages:
-        """Page ids of hub block `index`, or of the prompt's tail, which stands there; pages before
-        token `begin` and null blocks are skipped."""
+    ) -> list[BlockPages]:
+        """Page ids of these hub blocks, the last of which is the prompt's tail if `tail`; pages
+        before token `begin` and null blocks are skipped.
+
+        Called for thousands of tokens on the engine's thread: pages are worked out in one go.
+        """
         chain = tracked.chain
         assert chain is not None
-        page, per_block = self.page_tokens, self.engine_block // self.page_tokens
-        null = int(self.pool.null_block.block_id) if self.pool is not None else -1
-        tokens = chain.tail_tokens if tail else self.block
-        pages = []
-        for token in range(index * self.block, index * self.block + tokens, page):
-            engine, within = divmod(token, self.engine_block)
-            skip = token < begin or block_ids[engine] == null
-            pages.append(SKIP if skip else block_ids[engine] * per_block + within // page)
-        return BlockPages(
-            hash=chain.tail if tail else chain.hashes[index],
-            parent=chain.parent(index),
-            pages=tuple(pages),
-            request=tracked.request.request_id,
-            tokens=tokens,
+        page, per_block, block = self.page_tokens, self.engine_block // self.page_tokens, self.block
+        last_tokens = chain.tail_tokens if tail else block
+        first = blocks.start * block // page
+        stop = -(-((blocks.stop - 1) * block + last_tokens) // page)
+        engine = block_ids[first // per_block : (stop - 1) // per_block + 1]
+        if per_block == 1:
+            pages = list(engine)
+        else:
+            pages = [
+                block_ids[n // per_block] * per_block + n % per_block for n in range(first, stop)
+            ]
+        null = self.pool.null_block.block_id if self.pool is not None else -1
+        if begin > blocks.start * block or null in engine:
+            for n in range(first, stop):
+                if n * page < begin or block_ids[n // per_block] == null:
+                    pages[n - first] = SKIP
+        whole, request, parent = (
+            block // page,
+            tracked.request.request_id,
+            chain.parent(blocks.start),
         )
+        found = []
+        for position, index in enumerate(blocks):
+            last = tail and index == blocks.stop - 1
+            name = chain.tail if last else chain.hashes[index]
+            its = tuple(pages[position * whole : (position + 1) * whole])
+            found.append(BlockPages(name, parent, its, request, last_tokens if last else block))
+            parent = name
+        return found
 
     def engine_blocks(self, block: BlockPages) -> list[int]:
         """The engine blocks that its pages lie in."""
         per_block = self.engine_block // self.page_tokens
+        if per_block == 1:
+            return [page for page in block.pages if page != SKIP]
         return sorted({page // per_block for page in block.pages if page != SKIP})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.layout import SKIP
-from kvserver_vllm.messages import LoadJob
+from kvserver_vllm.messages import LoadJob, StepMeta
 
 FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
@@ -49,6 +49,7 @@ class Loads:
         self._failed_keys: dict[bytes, float] = {}
         self._outgoing: list[LoadJob] = []
         self._aborts: list[str] = []
+        self._voids: list[str] = []
 
     @property
     def aborting(self) -> bool:
@@ -113,11 +114,9 @@ class Loads:
         request = tracked.request.request_id
         begin, stop = tracked.matched_from, tracked.matched_from + tokens
         first, last = begin // common.block, -(-stop // common.block)
+        tail = stop < last * common.block
         blocks = tuple(
-            common.block_pages(
-                tracked, index, block_ids, begin=begin, tail=stop < (index + 1) * common.block
-            )
-            for index in range(first, last)
+            common.block_pages(tracked, range(first, last), block_ids, begin=begin, tail=tail)
         )
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
@@ -132,11 +131,14 @@ class Loads:
             if tier in TIERS:
                 common.count(f"hit_tokens.{TIERS[tier]}", known)
 
-    def take_orders(self) -> tuple[list[LoadJob], list[str]]:
-        """Loads and aborts that the ranks have not heard of."""
-        orders = self._outgoing, self._aborts
-        self._outgoing, self._aborts = [], []
-        return orders
+    def take_orders(self, meta: StepMeta) -> None:
+        """Tell the ranks of loads, aborts and voids that they have not heard of."""
+        meta.loads, meta.aborts, meta.voids = self._outgoing, self._aborts, self._voids
+        self._outgoing, self._aborts, self._voids = [], [], []
+
+    def forget(self) -> None:
+        """The namespace is left: what is still on its way is reported as failed, whole."""
+        self._voids += self._active
 
     def failed(self, request: str, position: int) -> None:
         """A rank lacks the block at `position` of this request's load."""

@@ -9,6 +9,7 @@ All of it is pickled by vLLM and holds plain data only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -31,8 +32,7 @@ class RankInfo(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     page_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPages:
+class BlockPages(NamedTuple):
     """One hub block and the engine pages that it is copied from or to.
 
     `pages` are page ids in the order of the block's tokens; -1 leaves a page alone. A tail holds
@@ -109,6 +109,8 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
     """Requests whose fetch is no longer wanted."""
     aborts: list[str] = field(default_factory=list)
     """Requests whose load is no longer wanted; they are reported all the same."""
+    voids: list[str] = field(default_factory=list)
+    """Requests whose load is of a namespace that was left: none of its blocks may be used."""
 
 
 @dataclass

@@ -35,6 +35,18 @@ class Pulls:
         self._direct = Direct(rank)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self.stagings = Stagings(rank)
+        self._open: dict[str, LoadJob] = {}
+        self._void: set[str] = set()
+
+    def expect(self, job: LoadJob) -> None:
+        """`load` will be called for it. On the engine's thread, so that a void finds it."""
+        self._open[job.request] = job
+
+    def void(self, request: str) -> None:
+        """Report all blocks of this load as failed, those that have arrived too."""
+        if request in self._open:
+            self._void.add(request)
+            self.abort(request)
 
     def abort(self, request: str) -> None:
         task = self._loads.get(request)
@@ -138,6 +150,10 @@ class Pulls:
 
     def _report(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
         per_block = self._rank.pages.format.pages_per_block
+        self._open.pop(job.request, None)
+        if job.request in self._void:
+            self._void.discard(job.request)
+            missing, aborted = set(range(len(job.blocks))), False
         if missing and not aborted:
             self._rank.count("loads_short")
             for index in sorted(missing):

@@ -157,14 +157,14 @@ class Saves:
         """The blocks up to `full` that were not saved yet, and the prompt's tail if it is time."""
         common, chain = self._common, tracked.chain
         assert chain is not None
-        blocks = [
-            common.block_pages(tracked, index, block_ids) for index in range(tracked.saved, full)
-        ]
-        tracked.saved = max(tracked.saved, full)
+        blocks = []
+        if full > tracked.saved:
+            blocks = common.block_pages(tracked, range(tracked.saved, full), block_ids)
+            tracked.saved = full
         if tail:
             tracked.tail_saved = True
             at = chain.prompt_blocks
-            blocks.append(common.block_pages(tracked, at, block_ids, tail=True))
+            blocks += common.block_pages(tracked, range(at, at + 1), block_ids, tail=True)
         return blocks
 
     def _pushes_tail(self, tracked: Tracked) -> bool:

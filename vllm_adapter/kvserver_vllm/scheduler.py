@@ -83,10 +83,12 @@ class SchedulerHalf:
         self._common.spec = spec
 
     def forget(self) -> None:
-        """Neither save nor look up for the requests at hand: their KV is of the time before."""
+        """Neither save nor look up for the requests at hand, and use nothing that is still on its
+        way: their KV is of the time before."""
         for request in self._requests:
             self._fetches.drop(request)
         self._requests.clear()
+        self._loads.forget()
         self._saves.forget()
         self._common.spec = b""
 
@@ -149,15 +151,11 @@ class SchedulerHalf:
     def build_meta(self, output: Any) -> StepMeta:
         """vLLM's build_connector_meta; reads `output` only."""
         self._common.pace.step_begins(self._common.clock(), self._prompt_tokens(output))
-        loads, aborts = self._loads.take_orders()
         fetches, drops = self._fetches.take_orders()
         meta = StepMeta(
-            loads=loads,
-            aborts=aborts,
-            fetches=fetches,
-            drops=drops,
-            saves=self._saves.orders(output, self._requests),
+            fetches=fetches, drops=drops, saves=self._saves.orders(output, self._requests)
         )
+        self._loads.take_orders(meta)
         if meta.saves or meta.loads or meta.fetches or self._told != self._common.spec:
             self._told = self._common.spec
             meta.spec, meta.layer_start = self._common.spec, self._layer_start

@@ -100,9 +100,12 @@ class WorkerHalf:
         for fetch in self._meta.fetches:
             self._call_soon(stagings.fetch, self._meta, fetch)
         for job in self._meta.loads:
+            self._pulls.expect(job)
             self._rank.link.submit(self._pulls.load(self._meta, job))
         for request in self._meta.drops:
             self._call_soon(stagings.drop, request)
+        for request in self._meta.voids:
+            self._call_soon(self._pulls.void, request)
         for request in self._meta.aborts:
             self._call_soon(self._pulls.abort, request)
 

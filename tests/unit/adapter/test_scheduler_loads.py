@@ -353,3 +353,10 @@ def test_the_engines_output_is_only_read(world: World) -> None:
     output = SimpleNamespace(num_scheduled_tokens={"a": 300}, kv_connector_block_state=None)
     world.half.build_meta(output)
     assert vars(output) == {"num_scheduled_tokens": {"a": 300}, "kv_connector_block_state": None}
+
+
+def test_loads_on_their_way_are_void_after_a_reset(world: World) -> None:
+    start_load(world, world.new(FakeRequest("a", 300), usable=2))
+    world.half.forget()
+    assert world.step().voids == ["a"]
+    assert world.step().voids == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,8 @@ def test_missing_and_corrupt_blocks_are_named(link: FakeLink, rank: Rank) -> Non
 def test_skipped_pages_are_neither_written_nor_named(link: FakeLink, rank: Rank) -> None:
     store(link, rank, 1)
     before = rank.cells([4, 5])
-    part = replace(block(0, 4), pages=(SKIP, SKIP, 6, 7))
-    gone = replace(block(9, 8), pages=(SKIP, 9, 10, 11))
+    part = block(0, 4)._replace(pages=(SKIP, SKIP, 6, 7))
+    gone = block(9, 8)._replace(pages=(SKIP, 9, 10, 11))
     rank.bind(loads=[LoadJob("a", (part, gone), 5.0)])
     rank.half.start_loads()
     link.turn()
@@ -175,3 +174,30 @@ def test_reports_of_ranks_add_up() -> None:
     one = RankReport({1: 1, 2: 1}, {"a": 5})
     other = RankReport({2: 1}, {"a": 3, "b": 0})
     assert one.aggregate(other) == RankReport({1: 1, 2: 2}, {"a": 3, "b": 0})
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_nothing_is_used_of_a_load_whose_namespace_was_left(
+    link: FakeLink, rank: Rank, started: bool
+) -> None:
+    """Two blocks, one of which may have arrived: both are reported as failed."""
+    store(link, rank, 2)
+    link.opened.gate.clear()
+    rank.bind(loads=[load(rank, 2)])
+    rank.half.start_loads()
+    if started:
+        link.turn()
+    rank.bind(voids=["a"])
+    rank.half.start_loads()
+    link.opened.gate.set()
+    link.turn()
+    assert rank.half.take_received() == {"a"}
+    assert rank.half.take_invalid() == set(range(8))
+    report = rank.half.take_report()
+    assert report is not None
+    assert report.failed == {"a": 0}
+    rank.bind(loads=[load(rank, 1)])
+    rank.half.start_loads()
+    link.turn()
+    assert rank.half.take_received() == {"a"}
+    assert rank.half.take_invalid() == set(), "the next load of that name is its own"
