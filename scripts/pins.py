@@ -4,6 +4,9 @@
     vllm.txt                everything that is installed
     vllm-requirements.txt   what vLLM's CPU build asks for, less what has no CPU build
 
+With a name as its argument (`vllm31`, in the environment of that vLLM) it writes only the last two,
+under that name.
+
 A package in both lists has one version, because both come from one environment. Local version
 labels (`+cpu`) are dropped: a constraint without one accepts them. Rule: nothing here depends on
 the index or the machine, only on installed metadata.
@@ -71,16 +74,24 @@ def write(name: str, about: str, lines: Iterable[str]) -> None:
 
 def main() -> int:
     pins = installed()
+    name = sys.argv[1] if len(sys.argv) > 1 else "vllm"
+    if name != "vllm":  # the environment of another vLLM: its server is the same
+        write_vllm(name, pins)
+        return 0
     server = closure([Requirement(EXTRAS)]) - OURS | {NIXL}
     absent = sorted(server - set(pins))
     if absent:
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)
         return 1
     write("server.txt", f"{EXTRAS} and its build.", pinned(pins, server))
-    write("vllm.txt", f"The same, {VLLM}'s requirements and {TORCH}.", pinned(pins, pins))
-    about = f"What {VLLM} asks for, less {', '.join(sorted(NO_CPU_BUILD))}."
-    write("vllm-requirements.txt", about, vllm_requirements())
+    write_vllm(name, pins)
     return 0
+
+
+def write_vllm(name: str, pins: dict[str, str]) -> None:
+    write(f"{name}.txt", f"The same, {VLLM}'s requirements and {TORCH}.", pinned(pins, pins))
+    about = f"What {VLLM} asks for, less {', '.join(sorted(NO_CPU_BUILD))}."
+    write(f"{name}-requirements.txt", about, vllm_requirements())
 
 
 def pinned(pins: dict[str, str], names: Iterable[str]) -> list[str]:

@@ -191,7 +191,7 @@ class Driver:
         name = self._add(command["prompt"], command["tokens"], command["logprobs"])
         began = time.monotonic()
         self._step_until(name, command["phase"])
-        refused = self._forget(running=command["running"], insist=command["insist"])
+        refused = self._forget()
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": command["path"]})
         while True:
             for output in self._step():
@@ -200,7 +200,10 @@ class Driver:
                     return {"outputs": [_shown(output, now, now)], "refused": refused}
 
     def _sleep(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Sleep and wake up, with the weights of another checkpoint if one is named."""
+        """Sleep and wake up, with the weights of another checkpoint if one is named; a request
+        that is in `phase` then is aborted by it."""
+        if command["phase"]:
+            self._step_until(self._add(command["prompt"], 8, 0), command["phase"])
         deadline = time.monotonic() + RESET_S
         refused = 0
         while True:
@@ -217,21 +220,18 @@ class Driver:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": command["path"]})
         return {"refused": refused}
 
-    def _forget(self, *, running: bool, insist: bool) -> int:
-        """Reset all caches; how often vLLM refused. `insist` repeats it until it succeeds."""
+    def _forget(self) -> int:
+        """Reset all caches, requests that run are preempted; how often vLLM refused before."""
         deadline = time.monotonic() + RESET_S
         refused = 0
         while True:
             try:
-                if self._engine.reset_prefix_cache(running, reset_connector=True):
+                if self._engine.reset_prefix_cache(True, reset_connector=True):
                     return refused
-            except RuntimeError:
-                pass
-            refused += 1
-            if not insist:
-                return refused
-            assert time.monotonic() < deadline, "pages stay pinned"
-            self._step()
+            except RuntimeError:  # pushes still pin pages
+                refused += 1
+                assert time.monotonic() < deadline, "pages stay pinned"
+                self._step()
 
     @property
     def _scheduler(self) -> Any:

