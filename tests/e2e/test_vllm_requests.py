@@ -311,17 +311,3 @@ def test_y2_weights_that_change_while_blocks_are_pushed(
     want = world.expect(tokens, tokens=TOKENS)
     assert answer_complaints(got, want) == []
     assert answer_complaints(again.answer, want) == []
-
-
-def test_y3_weights_that_change_while_blocks_are_pulled(
-    world: World, models: tuple[Path, Path]
-) -> None:
-    """Sleep aborts the request that loads; awake with other weights, nothing of it is used."""
-    tokens = prompt(52, 900)
-    world.push(tokens, engine="tight", tokens=1)
-    free = world.tight.facts()["free"]
-    world.tight.sleep(models[1], phase="loading", prompt=tokens)
-    assert world.tight.facts()["free"] == free
-    got = world.pull(tokens, engine="tight", tokens=TOKENS)
-    assert got.blocks == []
-    assert answer_complaints(got.answer, world.expect(tokens, tokens=TOKENS)) == []

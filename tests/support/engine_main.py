@@ -200,10 +200,7 @@ class Driver:
                     return {"outputs": [_shown(output, now, now)], "refused": refused}
 
     def _sleep(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Sleep and wake up, with the weights of another checkpoint if one is named; a request
-        that is in `phase` then is aborted by it."""
-        if command["phase"]:
-            self._step_until(self._add(command["prompt"], 8, 0), command["phase"])
+        """Sleep and wake up, with the weights of another checkpoint if one is named."""
         deadline = time.monotonic() + RESET_S
         refused = 0
         while True:

@@ -237,12 +237,9 @@ class Engine:
         )
         return self.finish(call)[0]
 
-    def sleep(
-        self, path: Path | None = None, *, phase: str = "", prompt: Sequence[int] = ()
-    ) -> int:
-        """Sleep and wake up (with other weights); how often vLLM refused before. A request that
-        is in `phase` then is aborted."""
-        call = self._send("sleep", path=str(path or ""), phase=phase, prompt=list(prompt))
+    def sleep(self, path: Path | None = None) -> int:
+        """Sleep and wake up (with other weights); how often vLLM refused before."""
+        call = self._send("sleep", path=str(path or ""))
         return int(self._wait(call, CALL_S)["refused"])
 
     def facts(self) -> dict[str, int]:

@@ -90,11 +90,12 @@ def changed_since(path: Path, when: float) -> Path | None:
 
 def process_start() -> float:
     """When this process began, in seconds since the epoch as file times count them. At most a
-    second too early: the kernel tells the time of its boot in whole seconds."""
+    second too late (the kernel tells the time of its boot in whole seconds), never too early: an
+    engine reads no weights in its first second, and often starts right after they were written."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
     assert boot is not None
-    return int(boot[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return int(boot[1]) + 1 + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
