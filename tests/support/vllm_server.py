@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -137,9 +138,17 @@ class VllmServer:
                 os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL to all of it, and wait until its port is free."""
+        """SIGKILL to all of it, and wait until its port is free: the engine core has inherited the
+        listening socket, and as long as it dies, connections still come about."""
         os.killpg(self.pid, signal.SIGKILL)
         self._process.join(END_S)
+        port = int(self.url.rpartition(":")[2])
+
+        def is_free() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) != 0
+
+        wait_for(f"port {port} to be free", is_free)
 
     def close(self) -> None:
         """End the server and its engine core."""
