@@ -95,7 +95,9 @@ def test_all_kinds_at_once_over_all_four(cluster: Cluster) -> None:
         for leg, engines in (("prefill", cluster.p), ("decode", cluster.d)):
             for engine in engines:
                 labels = f'engine="{engine.url}",leg="{leg}",outcome="done"'
-                assert loads[f"kvserver_proxy_legs_total{{{labels}}}"] >= len(wanted) / 4
+                assert (
+                    loads[f"kvserver_proxy_legs_total{{{labels}}}"] >= 1
+                )  # the least loaded is next, not each in turn
     assert _wrong(got, cluster.alone[TOGETHER]) == {}
 
 
