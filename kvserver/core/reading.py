@@ -6,7 +6,6 @@ NumPy. It makes what it hits more recent and warmer, but renews nobody's lease.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from kvproto.errors import FieldError
 from kvproto.grid import Region
+from kvproto.needs import Mask, usable_prefix
 from kvserver.core.blocks import ABSENT, COMPLETE, FILLING, bit
 from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.events import Lookup, Need, Release
@@ -26,8 +26,8 @@ from kvserver.core.verifies import Verifies
 # The fastest tier of a set of resident bits.
 _FASTEST = np.array([0] + [(bits & -bits).bit_length() for bits in range(1, 8)], dtype=np.uint8)
 _NEEDS = ("every", "last", "state")
+_EVERY = (Need("every"),)
 Rows = npt.NDArray[np.intp]
-Mask = npt.NDArray[np.bool_]
 
 
 class Reading:
@@ -52,9 +52,10 @@ class Reading:
         states = blocks.state_view[rows]
         complete = here != 0
         states = np.where((states == COMPLETE) & ~complete, np.uint8(ABSENT), states)
-        have = [self._covered(namespace, rows, complete, need.region) for need in event.need]
-        usable = usable_prefix(complete, event.need, have)
-        live = usable_prefix(states != ABSENT, event.need)
+        needs = event.need or _EVERY
+        have = [self._covered(namespace, rows, complete, need.region) for need in needs]
+        usable = usable_prefix(have, needs)
+        live = usable_prefix([states != ABSENT] * len(needs), needs)
         missed = np.flatnonzero(~complete)
         hits = int(missed[0]) if missed.size else len(rows)
         self._count(namespace, hits, len(rows) - hits)
@@ -159,36 +160,6 @@ class Reading:
         """Its reader is slow or gone; it compares generations, so the slot needs no quarantine."""
         self._books.counters["expired_leases"] += 1
         self.end_lease(ident)
-
-
-def usable_prefix(
-    complete: Mask, needs: tuple[Need, ...], have: Sequence[Mask] | None = None
-) -> int:
-    """The longest N such that every group is satisfied by a prefix of N blocks.
-
-    'every' needs blocks 0..N-1, 'last' the last `blocks` of them, 'state' block N-1. `have[i]` says
-    which blocks have the cells that needs[i] is about; without it, those that are complete.
-    """
-    count = len(complete)
-    if not count:
-        return 0
-    if not needs:
-        needs, have = (Need("every"),), None
-    positions = np.arange(1, count + 1)
-    fits = np.ones(count, np.bool_)
-    for at, need in enumerate(needs):
-        mine = complete if have is None else have[at]
-        if need.kind == "every":
-            gaps = np.flatnonzero(~mine)
-            fits &= positions <= (int(gaps[0]) if gaps.size else count)
-        elif need.kind == "last":
-            # The run of blocks that we have and that ends at each position.
-            last_gap = np.maximum.accumulate(np.where(mine, 0, positions))
-            fits &= positions - last_gap >= np.minimum(need.blocks, positions)
-        else:
-            fits &= mine
-    found = np.flatnonzero(fits)
-    return int(found[-1]) + 1 if found.size else 0
 
 
 def _needs_all(needs: tuple[Need, ...]) -> bool:

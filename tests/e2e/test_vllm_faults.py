@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kvproto.prefix import prefix_hashes
 from kvproto.v1 import kvserver_pb2 as pb
 from tests.support.engines import Engine, Generated, hub_config, read_events
-from tests.support.kv_oracle import answer_complaints, cells, the_spec, wait_for, wait_pushed
+from tests.support.kv_oracle import (
+    answer_complaints,
+    cells,
+    flip_a_bit,
+    the_spec,
+    wait_for,
+    wait_pushed,
+)
 from tests.support.server import ServerProcess
 from tests.support.tiny_models import TINY, prompt, write_model
 from tests.support.ways import Way
@@ -148,19 +153,9 @@ def test_5_a_damaged_block_is_recomputed_from_there_and_pushed_again(world: Worl
 
 def damage(world: World, index: int) -> None:
     """Flip one bit of a block where it stands in the arena."""
-    digest = prefix_hashes(PROMPT, BLOCK)[index]
     with world.way.blocking(world.server) as client:
-        namespace = client.open_namespace(the_spec(client))
-        grid = namespace.grid
-        data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
-        assert namespace.pull([digest], data).found.all()
-    with (
-        (world.server.host_dir / "arena").open("r+b") as file,
-        mmap.mmap(file.fileno(), 0) as arena,
-    ):
-        place = arena.find(data[0, 1, 0].tobytes())
-        assert place > 0
-        arena[place + 100] ^= 1
+        digest = prefix_hashes(PROMPT, BLOCK)[index]
+        flip_a_bit(world.server, client, the_spec(client), digest, layer=1, head=0)
 
 
 def test_6_a_stopped_hub_holds_no_request_up(world: World) -> None:

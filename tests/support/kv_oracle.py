@@ -7,6 +7,7 @@ engine that never saw a hub.
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,30 +19,39 @@ from kvclient import Client
 from kvproto.namespace import NamespaceSpec
 from kvproto.prefix import ROOT
 from tests.support.engines import Generated, read_events
+from tests.support.server import ServerProcess
 
 LOGPROB_TOLERANCE = 1e-4
 DISTINCT_TOKENS_MIN = 6
 LOOKUP_PINS_S = 30.0
 
-Cells = dict[tuple[str, int], str]
+Cells = dict[tuple[str, int], frozenset[str]]
+"""(block hash, global head) -> "window layer page: hash" of each page that the engine had.
+
+Layers count within a section, whose window tells it from others; pages count within the block.
+"""
 
 
 def cells(events: Iterable[Mapping[str, Any]], kind: str) -> Cells:
-    """{(block hash, global head): hash over all layers} of the `pushed` or `pulled` events."""
-    found: Cells = {}
+    """The pages of the `pushed` or `pulled` events, of all ranks together."""
+    found: dict[tuple[str, int], set[str]] = {}
     for event in events:
         if event["event"] == kind:
-            for offset, value in enumerate(event["cells"]):
-                found[event["hash"], event["heads"][0] + offset] = value
-    return found
+            for layer, row in enumerate(event["cells"], start=event["layers"][0]):
+                for head, pages in enumerate(row, start=event["heads"][0]):
+                    found.setdefault((event["hash"], head), set()).update(
+                        f"{event['window']} {layer} {at}: {value}"
+                        for at, value in zip(event["at"], pages, strict=True)
+                    )
+    return {key: frozenset(values) for key, values in found.items()}
 
 
 def page_complaints(pushed: Cells, pulled: Cells) -> list[str]:
     """Pulled pages that differ from the pushed ones, or were pushed by nobody."""
     return [
-        f"block {key[0][:12]} head {key[1]}: pulled {value}, pushed {pushed.get(key)}"
-        for key, value in pulled.items()
-        if pushed.get(key) != value
+        f"block {key[0][:12]} head {key[1]}: pulled {sorted(values - pushed.get(key, frozenset()))}"
+        for key, values in pulled.items()
+        if not values <= pushed.get(key, frozenset())
     ]
 
 
@@ -84,22 +94,32 @@ def wait_connected(log: Path, processes: int = 1, *, timeout_s: float = 20.0) ->
 
 
 def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
-    """Wait until the event log tells of `blocks` blocks pushed by each of its ranks."""
+    """Wait until the event log tells of `blocks` blocks pushed by each of its ranks, in each
+    section."""
 
     def done() -> bool:
-        by_rank: dict[int, int] = {}
+        found: dict[tuple[int, int], int] = {}
         for event in read_events(log):
             if event["event"] == "push_done":
-                by_rank[event["rank"]] = by_rank.get(event["rank"], 0) + event["blocks"]
-        return bool(by_rank) and min(by_rank.values()) >= blocks
+                part = event["rank"], event["window"]
+                found[part] = found.get(part, 0) + event["blocks"]
+        return bool(found) and min(found.values()) >= blocks
 
     wait_for(f"{blocks} blocks pushed ({log})", done, timeout_s)
 
 
 def the_spec(client: Client) -> NamespaceSpec:
     """The one namespace of this hub, as its own answer tells it."""
-    (known,) = client.list_namespaces()
-    spec = known.spec
+    (spec,) = specs_of(client)
+    return spec
+
+
+def specs_of(client: Client) -> list[NamespaceSpec]:
+    """The namespaces of this hub."""
+    return [_spec(known.spec) for known in client.list_namespaces()]
+
+
+def _spec(spec: Any) -> NamespaceSpec:
     return NamespaceSpec(
         model=spec.model,
         weights=spec.weights,
@@ -130,15 +150,34 @@ def evict_all(client: Client, namespace: bytes, hashes: Sequence[bytes]) -> None
     assert evicted == len(hashes)
 
 
-def corrupt_a_page(client: Client, hashes: Sequence[bytes]) -> None:
+def corrupt_a_page(
+    client: Client, hashes: Sequence[bytes], spec: NamespaceSpec | None = None
+) -> None:
     """Negative control: alter one page (second block and page, third layer, second head) behind
-    the checksums, as only a wrong writer could. `hashes` are a prompt's blocks from its first."""
-    namespace = client.open_namespace(the_spec(client))
+    the checksums, as only a wrong writer could. `hashes` are a prompt's blocks from its first;
+    `spec` says in which namespace, where the hub has several."""
+    namespace = client.open_namespace(spec or the_spec(client))
     grid = namespace.grid
     data = np.zeros((len(hashes), grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
     assert namespace.pull(hashes, data).found.all()
     evict_all(client, namespace.id, hashes)
-    page = data[1, 2, 1, grid.page_bytes : 2 * grid.page_bytes].view(np.float32)
+    layer, head = min(2, grid.layers - 1), min(1, grid.heads - 1)
+    page = data[1, layer, head, grid.page_bytes : 2 * grid.page_bytes].view(np.float32)
     page += 1.0
     result = namespace.push(hashes, data, parents=[ROOT, *hashes[:-1]])
     assert result.written == len(hashes), result
+
+
+def flip_a_bit(
+    server: ServerProcess, client: Client, spec: NamespaceSpec, key: bytes, *, layer: int, head: int
+) -> None:
+    """Flip one bit of a cell where it stands in the hub's arena."""
+    namespace = client.open_namespace(spec)
+    grid = namespace.grid
+    data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
+    assert namespace.pull([key], data).found.all()
+    arena = server.host_dir / "arena"
+    with arena.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        place = memory.find(data[0, layer, head].tobytes())
+        assert place > 0
+        memory[place + 100] ^= 1

@@ -18,13 +18,14 @@ from kvproto.prefix import prefix_hashes
 from kvserver_vllm.common import Answer
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
-from kvserver_vllm.messages import FetchProgress, RankReport, StepMeta
+from kvserver_vllm.messages import FetchProgress, RankReport, Section, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
 
 BLOCK = 128
 ENGINE_BLOCK = 32
 PAGE = 32
-SPEC = b"a namespace"
+SECTION = Section(spec=b"a namespace", layer_start={0: 0})
+SECTIONS = (SECTION,)
 
 
 class FakeHub:
@@ -51,16 +52,20 @@ class FakeHub:
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
         self.loop.create_task(work)
 
-    async def lookup(self, spec: bytes, hashes: Sequence[bytes], pin_s: float) -> Answer | None:
-        assert spec == SPEC
+    async def lookup(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], pin_s: float, *, tail: bool
+    ) -> Answer | None:
+        assert sections
         future: asyncio.Future[Answer | None] = self.loop.create_future()
         self.lookups.append((list(hashes), pin_s, future))
         return await future
 
-    async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None:
+    async def announce(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], ttl_s: float
+    ) -> None:
         self.announced.append(list(hashes))
 
-    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+    async def withdraw(self, sections: Sequence[Section], hashes: Sequence[bytes]) -> None:
         self.withdrawn.append(list(hashes))
 
     def turn(self) -> None:
@@ -122,7 +127,7 @@ class World:
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.blocks, enable_caching=True, hash_block_size=ENGINE_BLOCK)
         options = {
-            "engine_block_tokens": ENGINE_BLOCK,
+            "group_tokens": [ENGINE_BLOCK],
             "ranks": 1,
             "loads": True,
             "saves": True,
@@ -134,7 +139,7 @@ class World:
         log = EventLog("")
         self.half = SchedulerHalf(settings, self.hub, log, clock=lambda: self.now, **options)
         self.half.bind_pool(self.pool)
-        self.half.open(SPEC, PAGE, {0: 0}, tails=True)
+        self.half.open(SECTIONS, PAGE, tails=True)
 
     def new(self, request: FakeRequest, *, usable: int | None = None) -> FakeRequest:
         """A request arrives; with `usable`, its lookup is answered at once."""
@@ -154,7 +159,7 @@ class World:
         if table is None:
             table = [block.block_id for block in self.pool.get_new_blocks(count)]
             self.tables[request.request_id] = table
-        self.half.after_alloc(request, table, tokens)
+        self.half.after_alloc(request, [table], tokens)
         self.hub.turn()
         return table
 

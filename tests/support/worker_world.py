@@ -18,13 +18,15 @@ from kvproto.grid import Region
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import CPU_ENCODING, HostPages
-from kvserver_vllm.messages import BlockPages, StepMeta
+from kvserver_vllm.messages import BlockPages, Section, StepMeta
+from kvserver_vllm.rank import RankSection
 from kvserver_vllm.worker import WorkerHalf
 
 LAYERS, BLOCKS, HEADS, TOKENS, DIMS = 4, 16, 2, 32, 4
 PAGES = 4
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
 REGION = Region(0, LAYERS, 0, HEADS)
+SECTION = Section(b"spec", {0: 0})
 
 
 def key(number: int) -> bytes:
@@ -190,8 +192,8 @@ class FakeLink:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self.loop.create_task(work)
 
-    async def greet(self, spec: bytes) -> None:
-        self.greeted.append(spec)
+    async def greet(self, specs: Sequence[bytes]) -> None:
+        self.greeted += specs
 
     async def namespace(self, spec: bytes, deadline_s: float = 5.0) -> FakeNamespace:
         assert spec == b"spec"
@@ -233,11 +235,10 @@ class Rank:
             Settings.parse({"address": "hub:1", **settings}),
             link,  # type: ignore[arg-type]
             EventLog(str(log) if log else "", rank=0),
-            self.pages,
-            NAMES,
+            [RankSection(0, self.pages, tuple(NAMES), 0)],
             stage=0,
-            head_start=0,
             pushes=True,
+            group_tokens=[TOKENS],
         )
 
     def cells(self, pages: Sequence[int]) -> np.ndarray:
@@ -246,7 +247,7 @@ class Rank:
         return out
 
     def bind(self, **meta: Any) -> None:
-        self.half.bind(StepMeta(spec=b"spec", layer_start={0: 0}, **meta))
+        self.half.bind(StepMeta(sections=(SECTION,), **meta))
 
     def events(self, name: str) -> list[dict[str, Any]]:
         assert self.log_path is not None

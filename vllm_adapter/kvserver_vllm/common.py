@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from kvserver_vllm.chain import Chain
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
-from kvserver_vllm.layout import SKIP
-from kvserver_vllm.messages import BlockPages
+from kvserver_vllm.layout import SKIP, of_group
+from kvserver_vllm.messages import BlockPages, Section
 from kvserver_vllm.pace import Pace
 
 
@@ -28,7 +28,7 @@ class Answer:
 
 
 class Hub(Protocol):
-    """What this half needs of the hub. `spec` is a namespace's canonical encoding."""
+    """What this half needs of the hub."""
 
     @property
     def responsive(self) -> bool:
@@ -37,12 +37,17 @@ class Hub(Protocol):
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` on the hub's thread."""
 
-    async def lookup(self, spec: bytes, hashes: Sequence[bytes], pin_s: float) -> Answer | None:
-        """None when there is no answer: unreachable, refused or too late."""
+    async def lookup(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], pin_s: float, *, tail: bool
+    ) -> Answer | None:
+        """`tail`: the last of `hashes` is a prompt's tail. None when there is no answer:
+        unreachable, refused or too late."""
 
-    async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None: ...
+    async def announce(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], ttl_s: float
+    ) -> None: ...
 
-    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+    async def withdraw(self, sections: Sequence[Section], hashes: Sequence[bytes]) -> None:
         """What was announced is not coming: whoever waits for it is told."""
 
 
@@ -68,7 +73,7 @@ class Tracked:
         self.pays: bool | None = None
         self.progress = 0
         self.progress_at = 0.0
-        self.matched_from = 0
+        self.matched_from = self.matched_to = 0  # tokens that a load brings
         self.announced: list[bytes] | None = None
         self.announced_at = 0.0
         self.saved = 0
@@ -96,12 +101,13 @@ class Common:
     hub: Hub
     log: EventLog
     clock: Callable[[], float]
-    engine_block: int
+    group_tokens: tuple[int, ...]
+    """Tokens of a block of each of the engine's KV cache groups."""
     loads: bool
     saves: bool
     prefix_caching: bool
     adapter_digest: Callable[[Any], bytes]
-    spec: bytes = b""
+    sections: tuple[Section, ...] = ()
     page_tokens: int = 1
     tails: bool = True
     pace: Pace = field(default_factory=Pace)
@@ -125,34 +131,26 @@ class Common:
         self,
         tracked: Tracked,
         blocks: range,
-        block_ids: Sequence[int],
+        tables: Sequence[Sequence[int]],
         *,
         begin: int = 0,
         tail: bool = False,
     ) -> list[BlockPages]:
         """Page ids of these hub blocks, the last of which is the prompt's tail if `tail`; pages
-        before token `begin` and null blocks are skipped.
+        before token `begin`, null blocks and those that the engine has not allocated are skipped.
 
         Called for thousands of tokens on the engine's thread: pages are worked out in one go.
         """
         chain = tracked.chain
         assert chain is not None
-        page, per_block, block = self.page_tokens, self.engine_block // self.page_tokens, self.block
+        page, block = self.page_tokens, self.block
         last_tokens = chain.tail_tokens if tail else block
         first = blocks.start * block // page
         stop = -(-((blocks.stop - 1) * block + last_tokens) // page)
-        engine = block_ids[first // per_block : (stop - 1) // per_block + 1]
-        if per_block == 1:
-            pages = list(engine)
-        else:
-            pages = [
-                block_ids[n // per_block] * per_block + n % per_block for n in range(first, stop)
-            ]
-        null = self.pool.null_block.block_id if self.pool is not None else -1
-        if begin > blocks.start * block or null in engine:
-            for n in range(first, stop):
-                if n * page < begin or block_ids[n // per_block] == null:
-                    pages[n - first] = SKIP
+        groups = [
+            self._group_pages(block_ids, tokens // page, range(first, stop), begin)
+            for block_ids, tokens in zip(tables, self.group_tokens, strict=True)
+        ]
         whole, request, parent = (
             block // page,
             tracked.request.request_id,
@@ -162,14 +160,53 @@ class Common:
         for position, index in enumerate(blocks):
             last = tail and index == blocks.stop - 1
             name = chain.tail if last else chain.hashes[index]
-            its = tuple(pages[position * whole : (position + 1) * whole])
+            part = slice(position * whole, (position + 1) * whole)
+            its = tuple(page for pages in groups for page in pages[part])
             found.append(BlockPages(name, parent, its, request, last_tokens if last else block))
             parent = name
         return found
 
+    def _group_pages(
+        self, block_ids: Sequence[int], per_block: int, wanted: range, begin: int
+    ) -> list[int]:
+        """The pages `wanted`, counted from the request's first, in one KV cache group."""
+        first, held = wanted.start, min(wanted.stop, len(block_ids) * per_block)
+        engine = block_ids[first // per_block : (wanted.stop - 1) // per_block + 1]
+        if per_block == 1:
+            pages = list(engine)
+        else:
+            pages = [
+                block_ids[n // per_block] * per_block + n % per_block for n in range(first, held)
+            ]
+        pages += [SKIP] * (len(wanted) - len(pages))
+        null = self.pool.null_block.block_id if self.pool is not None else -1
+        if begin > first * self.page_tokens or null in engine:
+            for n in range(first, held):
+                if n * self.page_tokens < begin or block_ids[n // per_block] == null:
+                    pages[n - first] = SKIP
+        return pages
+
     def engine_blocks(self, block: BlockPages) -> list[int]:
         """The engine blocks that its pages lie in."""
-        per_block = self.engine_block // self.page_tokens
-        if per_block == 1:
+        if self.group_tokens == (self.page_tokens,):
             return [page for page in block.pages if page != SKIP]
-        return sorted({page // per_block for page in block.pages if page != SKIP})
+        found: set[int] = set()
+        for group, group_tokens in enumerate(self.group_tokens):
+            per_block = group_tokens // self.page_tokens
+            pages = of_group(block.pages, group, len(self.group_tokens))
+            found.update(page // per_block for page in pages if page != SKIP)
+        return sorted(found)
+
+    def engine_blocks_of(self, tokens: int) -> int:
+        """Engine blocks that so many tokens take, at most."""
+        return sum(-(-tokens // group_tokens) for group_tokens in self.group_tokens)
+
+    def savable(self, block: BlockPages) -> bool:
+        """Whether the engine still has all pages of at least one section."""
+        if SKIP not in block.pages:
+            return True
+        groups = [
+            SKIP not in of_group(block.pages, group, len(self.group_tokens))
+            for group in range(len(self.group_tokens))
+        ]
+        return any(all(groups[g] for g in section.groups) for section in self.sections)

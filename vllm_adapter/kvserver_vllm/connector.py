@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.request import RequestStatus
 
@@ -38,20 +39,15 @@ from kvserver_vllm.identity import (
     Adapters,
     build_spec,
     changed_weights,
-    encoding_of,
-    head_range,
-    kv_dtype_of,
-    layer_names,
-    layer_starts,
-    rank_info,
     replicas,
     require_supported,
     weights_path,
 )
-from kvserver_vllm.layout import HostPages, LayerTensor, has_tails
+from kvserver_vllm.layout import has_tails
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.messages import RankInfo, RankReport, StepMeta
+from kvserver_vllm.messages import RankHolds, RankReport, Section, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
+from kvserver_vllm.sections import by_section, hold, section_attribute, section_of
 from kvserver_vllm.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -68,7 +64,7 @@ LAYOUT = "LBHNC"
 EPOCH_BYTES = 16
 
 
-class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Pushes computed KV to a kvserver hub and loads what the hub has."""
 
     def __init__(
@@ -98,8 +94,8 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._saves = bool(transfer.is_kv_producer and self._settings.push)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        self._rank_info: RankInfo | None = None
-        self._ranks: dict[tuple[int, int], RankInfo] = {}
+        self._holds: RankHolds | None = None
+        self._ranks: dict[tuple[int, int], RankHolds] = {}
         self._weights = b""
         self._digests = cache_path(self._settings.cache_dir)
         self._epoch = ""
@@ -120,7 +116,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._settings,
             self._link,
             self._log,
-            engine_block_tokens=int(config.cache_config.block_size),
+            group_tokens=self._group_tokens(),
             ranks=int(config.parallel_config.world_size),
             loads=self._loads,
             saves=self._saves,
@@ -133,6 +129,11 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         logger.info("kvserver: told to %s", role)
         self._scheduling().obey(loads=role.consumes, saves=role.produces)
         self._log.write("role", produces=role.produces, consumes=role.consumes)
+
+    def _group_tokens(self) -> list[int]:
+        """Tokens of a block of each KV cache group."""
+        groups = self._kv_cache_config.kv_cache_groups
+        return [int(group.kv_cache_spec.block_size) for group in groups]
 
     # ---- both roles --------------------------------------------------------------------------
 
@@ -178,35 +179,29 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config, parallel = self._vllm_config, self._vllm_config.parallel_config
-        names = layer_names(self._kv_cache_config)
-        tensors = [kv_caches[name] for name in names]
-        device = tensors[0].device.type
-        if device != "cpu":
+        for device in {tensor.device.type for tensor in kv_caches.values()} - {"cpu"}:
             raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
-        encoding = encoding_of(config, names, LayerTensor.of(tensors[0]))
-        pages = HostPages(encoding, tensors)
-        if self._settings.direct:
-            self._link.register(pages.memory)
-            if not pages.format.in_one_piece:
-                logger.warning("kvserver: direct is set, but pages lie in pieces: they are staged")
         stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
         stage %= int(parallel.pipeline_parallel_size)
-        dtype = kv_dtype_of(config, names, tensors[0])
-        self._rank_info = rank_info(config, names, pages, dtype, tp_rank)
+        sections, self._holds = hold(config, self._kv_cache_config, kv_caches, tp_rank)
+        if self._settings.direct:
+            for section in sections:
+                self._link.register(section.pages.memory)
+            if not all(section.pages.format.in_one_piece for section in sections):
+                logger.warning("kvserver: direct is set, but pages lie in pieces: they are staged")
         self._worker = WorkerHalf(
             self._settings,
             self._link,
             self._log,
-            pages,
-            names,
+            sections,
             stage=stage,
-            head_start=head_range(config, tp_rank)[0],
             pushes=tp_rank % replicas(config) == 0,
+            group_tokens=self._group_tokens(),
             rank=int(parallel.rank),
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return self._rank_info
+        return self._holds
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -231,7 +226,10 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return None, self._half().take_received()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        return KVConnectorTransferResults(finished_recving=self._half().take_received())
+        half = self._half()
+        return KVConnectorTransferResults(
+            finished_recving=half.take_received(), failed_recving=half.take_lost()
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._half().take_invalid()
@@ -254,19 +252,25 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """What the ranks hold. Errors in it stop the engine's start; weights are digested after."""
-        self._ranks = {rank: info for rank, info in metadata.items() if isinstance(info, RankInfo)}
-        self._spec(bytes(32))
+        self._ranks = {rank: held for rank, held in metadata.items() if isinstance(held, RankHolds)}
+        self._sections(bytes(32))
         threading.Thread(target=self._open, name="kvserver-fingerprint", daemon=True).start()
 
-    def _spec(self, weights: bytes) -> NamespaceSpec:
-        return build_spec(
-            self._vllm_config,
-            self._ranks,
-            weights,
-            tenant=self._settings.tenant,
-            block_tokens=self._settings.block_tokens,
-            epoch=self._epoch,
-        )
+    def _sections(self, weights: bytes) -> list[tuple[NamespaceSpec, Section]]:
+        held = by_section(self._ranks)
+        found = []
+        for ranks in held:
+            spec = build_spec(
+                self._vllm_config,
+                ranks,
+                weights,
+                tenant=self._settings.tenant,
+                block_tokens=self._settings.block_tokens,
+                epoch=self._epoch,
+                section=section_attribute(ranks, len(held)),
+            )
+            found.append((spec, section_of(spec, ranks)))
+        return found
 
     def _open(self) -> None:
         """Digest the weights, then let the scheduler half begin."""
@@ -274,14 +278,14 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             if not self._weights:
                 self._weights = fingerprint(weights_path(self._vllm_config), self._digests)
                 self._doubt_weights()
-            spec = self._spec(self._weights)
+            found = self._sections(self._weights)
+            sections = [section for _, section in found]
             self._scheduling().open(
-                spec.canonical,
-                spec.page_tokens,
-                layer_starts(self._ranks)[0],
-                tails=has_tails(spec.encoding),
+                sections,
+                found[0][0].page_tokens,
+                tails=all(has_tails(spec.encoding) for spec, _ in found),
             )
-            self._link.submit(self._link.greet(spec.canonical))
+            self._link.submit(self._link.greet([section.spec for section in sections]))
         except Exception:
             logger.exception("kvserver: no fingerprint of the weights; serving without the hub")
 
@@ -310,7 +314,7 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
     ) -> None:
-        self._scheduling().after_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduling().after_alloc(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return self._scheduling().build_meta(scheduler_output)
@@ -330,6 +334,11 @@ class KVServerConnector(KVConnectorBase_V1):  # type: ignore[misc]
             RequestStatus.FINISHED_STOPPED,
         )
         return False, self._scheduling().finished(request, whole=whole)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
 
     def has_pending_push_work(self) -> bool:
         return self._scheduling().has_pending_work

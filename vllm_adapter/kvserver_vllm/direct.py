@@ -16,16 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvclient import Scattered
-from kvserver_vllm.layout import SKIP, Bytes
+from kvserver_vllm.layout import Bytes
 from kvserver_vllm.messages import BlockPages
-from kvserver_vllm.rank import Rank
+from kvserver_vllm.rank import Rank, RankSection
 
 
 class Direct:
-    """The direct way of one rank."""
+    """The direct way of one rank, in one section."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, section: RankSection) -> None:
         self._rank = rank
+        self.section = section
         self._scratch = threading.local()
 
     @property
@@ -35,15 +36,15 @@ class Direct:
 
     def place(self, block: BlockPages, layer: int, stop: int) -> Scattered | None:
         """Layers [layer, stop) of a block, where they lie; None for a block that is staged."""
-        pages, form = self._rank.pages, self._rank.pages.format
-        if SKIP in block.pages or block.tokens % form.page_tokens:
+        pages, form = self.section.pages, self.section.pages.format
+        if not self.section.whole(block.pages) or block.tokens % form.page_tokens:
             return None
         addresses = pages.addresses(layer, stop, block.pages)
         if addresses is None:
             return None
 
         def read(first: int, last: int) -> Bytes:
-            cells = self._room(last - first, len(block.pages))
+            cells = self._room(last - first, pages.count(block.pages))
             pages.gather(layer + first, layer + last, block.pages, cells)
             return cells.reshape(last - first, pages.heads, -1)
 
@@ -51,7 +52,8 @@ class Direct:
 
     def _room(self, layers: int, count: int) -> Bytes:
         """Memory to hash in, this thread's own until the next call: fresh memory is slow."""
-        shape = (layers, self._rank.pages.heads, count, self._rank.pages.format.page_bytes)
+        pages = self.section.pages
+        shape = (layers, pages.heads, count, pages.format.page_bytes)
         size = int(np.prod(shape))
         kept: Bytes | None = getattr(self._scratch, "kept", None)
         if kept is None or kept.size < size:
@@ -62,7 +64,7 @@ class Direct:
         """Return when no transfer can touch these blocks' pages any more, however long that is."""
         if not self._rank.settings.direct:
             return
-        layers = self._rank.pages.layers
+        layers = self.section.pages.layers
         places = [place for block in blocks if (place := self.place(block, 0, layers)) is not None]
         pin = self._rank.link.pin(places)
         if pin.done:

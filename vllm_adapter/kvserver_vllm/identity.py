@@ -19,7 +19,13 @@ from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.attributes import attributes_of, require_numbers
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.fingerprint import changed_since, checkpoint_files, fingerprint, join
-from kvserver_vllm.layout import CPU_ENCODING, TOKEN_ENCODING, HostPages, LayerTensor, PageFormat
+from kvserver_vllm.layout import (
+    CPU_ENCODING,
+    TOKEN_ENCODING,
+    LayerTensor,
+    PageFormat,
+    Pages,
+)
 from kvserver_vllm.messages import RankInfo
 
 VERSION_MIN = (0, 31)
@@ -43,14 +49,12 @@ def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise UnsupportedError(f"{name} is {getattr(parallel, name)}: only 1 is supported")
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise UnsupportedError(
-            f"the model has {len(groups)} KV cache groups (hybrid attention); one is supported"
-        )
-    kind = type(groups[0].kv_cache_spec).__name__
-    if kind not in _SPEC_KINDS:
-        raise UnsupportedError(f"KV cache of kind {kind}; supported: {', '.join(_SPEC_KINDS)}")
+    for group in kv_cache_config.kv_cache_groups:
+        for kind in sorted({type(spec).__name__ for spec in specs_of(group)}):
+            if kind not in _SPEC_KINDS:
+                raise UnsupportedError(
+                    f"KV cache of kind {kind}; supported: {', '.join(_SPEC_KINDS)}"
+                )
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in ("ngram", "suffix"):
         raise UnsupportedError(
@@ -83,9 +87,20 @@ def changed_weights(config: Any, when: float) -> Path | None:
     return changed_since(Path(place), when) if os.path.exists(place) else None
 
 
-def layer_names(kv_cache_config: Any) -> list[str]:
-    """This rank's attention layers in the order of their global indices."""
-    return sorted(kv_cache_config.kv_cache_groups[0].layer_names, key=layer_index)
+def specs_of(group: Any) -> list[Any]:
+    """The KV cache specs of one of vLLM's KV cache groups: one for all layers, or one each."""
+    merged = group.kv_cache_spec
+    single = getattr(merged, "kv_cache_specs", None)
+    return list(single.values()) if single else [merged]
+
+
+def attention_layers(config: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The model's attention layers of these names, on this rank."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    found: dict[str, Any] = get_layers_from_vllm_config(config, AttentionLayerBase, list(names))
+    return found
 
 
 def layer_index(name: str) -> int:
@@ -98,10 +113,7 @@ def layer_index(name: str) -> int:
 
 def encoding_of(config: Any, names: Sequence[str], layer: LayerTensor) -> str:
     """The content encoding of a page, from the attention backend of these layers."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    layers = get_layers_from_vllm_config(config, AttentionLayerBase, list(names))
+    layers = attention_layers(config, names)
     backends = {attention.get_attn_backend().get_name() for attention in layers.values()}
     if len(backends) != 1:
         raise UnsupportedError(f"attention backends differ between layers: {sorted(backends)}")
@@ -123,10 +135,7 @@ def _cpu_encoding(isas: set[str]) -> str:
 
 def kv_dtype_of(config: Any, names: Sequence[str], tensor: Any) -> str:
     """The dtype of the KV in `tensor`. Quantised KV is bytes to torch, so its format is named."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    layers = get_layers_from_vllm_config(config, AttentionLayerBase, list(names))
+    layers = attention_layers(config, names)
     formats = {str(getattr(layer, "kv_cache_dtype", "auto")) for layer in layers.values()}
     return kv_dtype(str(tensor.dtype).removeprefix("torch."), formats)
 
@@ -141,9 +150,7 @@ def kv_dtype(stored: str, formats: set[str]) -> str:
     return quantised.pop()
 
 
-def rank_info(
-    config: Any, names: Sequence[str], pages: HostPages, dtype: str, rank: int
-) -> RankInfo:
+def rank_info(config: Any, names: Sequence[str], pages: Pages, dtype: str, rank: int) -> RankInfo:
     """What tensor-parallel rank `rank` holds."""
     form: PageFormat = pages.format
     start, heads = head_range(config, rank)
@@ -164,16 +171,19 @@ def rank_info(
 
 def head_range(config: Any, rank: int) -> tuple[int, int]:
     """(first head, heads) of a tensor-parallel rank; ranks beyond the heads hold replicas."""
-    total = int(config.model_config.get_total_num_kv_heads())
     size = int(config.parallel_config.tensor_parallel_size)
-    heads = max(1, total // size)
+    heads = max(1, kv_heads(config) // size)
     return rank // replicas(config) * heads, heads
 
 
 def replicas(config: Any) -> int:
     """Consecutive ranks that hold the same heads."""
-    total = int(config.model_config.get_total_num_kv_heads())
-    return max(1, int(config.parallel_config.tensor_parallel_size) // total)
+    return max(1, int(config.parallel_config.tensor_parallel_size) // kv_heads(config))
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of the whole model."""
+    return int(config.model_config.get_total_num_kv_heads())
 
 
 def layer_starts(ranks: Mapping[tuple[int, int], RankInfo]) -> tuple[dict[int, int], int]:
@@ -200,8 +210,10 @@ def build_spec(
     tenant: str,
     block_tokens: int,
     epoch: str,
+    section: Mapping[str, str] | None = None,
 ) -> NamespaceSpec:
-    """The namespace of this engine. `epoch` is "" until the engine's cache was reset."""
+    """The namespace of one section of this engine. `epoch` is "" until the engine's cache was
+    reset; `section` are the attributes that tell it from the others."""
     model = config.model_config
     _, layers = layer_starts(ranks)
     info = next(iter(ranks.values()))
@@ -211,6 +223,7 @@ def build_spec(
     attributes = attributes_of(config)
     if epoch:
         attributes["epoch"] = epoch
+    attributes.update(section or {})
     architectures = getattr(model.hf_config, "architectures", None) or [
         model.hf_text_config.model_type
     ]
@@ -220,7 +233,7 @@ def build_spec(
         kv_dtype=info.kv_dtype,
         encoding=info.encoding,
         layers=layers,
-        kv_heads=int(model.get_total_num_kv_heads()),
+        kv_heads=kv_heads(config),
         page_bytes=info.page_bytes,
         page_tokens=info.page_tokens,
         block_tokens=block_tokens,

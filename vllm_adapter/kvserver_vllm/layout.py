@@ -11,7 +11,9 @@ Encodings:
   * anything else    the bytes of a whole engine block, opaque. `page_tokens` is then the engine's
     block size, and since it belongs to the namespace, other block sizes never meet it.
 
-Page ids: engine block b of S pages holds the page ids b * S ... b * S + S - 1.
+Page ids: engine block b of S pages holds the page ids b * S ... b * S + S - 1. Where the engine has
+several KV cache groups, each with a block table of its own, a list of page ids holds those of the
+first group, then as many of the second, and so on (`of_group`).
 """
 
 from __future__ import annotations
@@ -203,8 +205,15 @@ def _require_whole_pages(tokens: int, page: int) -> None:
         raise FieldError("block_size", tokens, f"a multiple of page_tokens ({page})")
 
 
+def of_group(page_ids: Sequence[int], group: int, groups: int) -> Sequence[int]:
+    """The page ids of one of the engine's `groups` KV cache groups."""
+    count = len(page_ids) // groups
+    return page_ids[group * count : (group + 1) * count]
+
+
 class Pages(Protocol):
-    """Engine pages of this rank's layers and heads. Layers are counted from the rank's first.
+    """Engine pages of one section's layers and heads on this rank. Layers are counted from the
+    rank's first of that section; `page_ids` are those of all groups of the engine.
 
     An engine in host memory implements it with strided copies; one on a device would with a
     gather kernel into staging.
@@ -213,20 +222,28 @@ class Pages(Protocol):
     layers: int
     heads: int
     format: PageFormat
+    memory: list[Bytes]
+    """The storages that the pages lie in."""
 
     def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
         """Where these pages lie, [stop - layer, heads, len(page_ids)]; None unless each of them is
         one piece."""
 
     def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
-        """Copy pages into `out`, [stop - layer, heads, len(page_ids), page_bytes]."""
+        """Copy pages into `out`, [stop - layer, heads, pages, page_bytes]."""
 
     def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
         """Copy `cells` into the engine's pages; a page id of SKIP is left out."""
 
+    def present(self, page_ids: Sequence[int]) -> list[int]:
+        """Positions of pages that this section's layers have: in no group of it SKIP."""
+
+    def count(self, page_ids: Sequence[int]) -> int:
+        """Pages of a block."""
+
 
 class HostPages:
-    """Pages of KV tensors in host memory."""
+    """Pages of KV tensors in host memory, of one KV cache group."""
 
     def __init__(self, encoding: str, tensors: Sequence[Any]) -> None:
         """`tensors` are the rank's layers in order, torch tensors on the CPU."""
@@ -246,8 +263,8 @@ class HostPages:
         memory = [_storage_bytes(tensor) for tensor in tensors]
         self._stretches = _stretches(memory, described, self.format)
         self._described = described
-        self._bases = [_base(raw) for raw in memory]
-        self.memory = list({_base(raw): raw for raw in memory}.values())  # each storage once
+        self._bases = [base_of(raw) for raw in memory]
+        self.memory = list({base_of(raw): raw for raw in memory}.values())  # each storage once
 
     def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
         form = self.format
@@ -270,6 +287,12 @@ class HostPages:
     def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
         for engine, source in self._pairs(layer, stop, page_ids, cells):
             np.copyto(engine, source)
+
+    def present(self, page_ids: Sequence[int]) -> list[int]:
+        return [at for at, page in enumerate(page_ids) if page != SKIP]
+
+    def count(self, page_ids: Sequence[int]) -> int:
+        return len(page_ids)
 
     def _pairs(
         self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes
@@ -311,7 +334,7 @@ def _stretches(
         stop, distance = start + 1, 0
         while stop < len(layers):
             step = layers[stop].address - layers[stop - 1].address
-            same = _base(memory[stop]) == _base(memory[start])
+            same = base_of(memory[stop]) == base_of(memory[start])
             if not same or step <= 0 or distance not in (0, step):
                 break
             stop, distance = stop + 1, step
@@ -324,7 +347,8 @@ def _stretches(
     return found
 
 
-def _base(raw: Bytes) -> int:
+def base_of(raw: Bytes) -> int:
+    """Where a storage begins."""
     return int(raw.__array_interface__["data"][0])
 
 

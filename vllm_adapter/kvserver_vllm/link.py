@@ -18,16 +18,20 @@ from typing import Any
 from kvclient import (
     AsyncClient,
     AsyncNamespace,
+    BlockState,
     DeadlineExceeded,
     KVError,
     Limits,
+    Need,
     Pin,
     Role,
     Unavailable,
 )
 from kvproto.namespace import NamespaceSpec
+from kvproto.needs import usable_prefix
 from kvserver_vllm.common import Answer
 from kvserver_vllm.events import EventLog
+from kvserver_vllm.messages import Section
 
 logger = logging.getLogger("vllm.kvserver")
 
@@ -65,7 +69,7 @@ class HubLink:
         self._namespaces: dict[bytes, AsyncNamespace] = {}
         self._memory: list[Any] = []
         self._registered = 0  # of `_memory`, with the client
-        self._greeting = b""
+        self._greeting: list[bytes] = []
         self._ordered: tuple[Role, Callable[[Role], None]] | None = None  # not followed yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -214,45 +218,73 @@ class HubLink:
                 logger.warning("kvserver: %s", note)
         return self._namespaces[spec]
 
-    async def greet(self, spec: bytes) -> None:
-        """Open this namespace as soon as there is a connection: before the first request."""
-        self._greeting = spec
+    async def greet(self, specs: Sequence[bytes]) -> None:
+        """Open these namespaces as soon as there is a connection: before the first request."""
+        self._greeting = list(specs)
         if self._client is not None:
             await self._open_greeting()
 
     async def _open_greeting(self) -> None:
-        if self._greeting:
-            try:
-                async with asyncio.timeout(CALL_S):
-                    await self.namespace(self._greeting)
-            except (KVError, TimeoutError) as error:
-                self.doubt(error)
+        try:
+            async with asyncio.timeout(CALL_S):
+                for spec in self._greeting:
+                    await self.namespace(spec)
+        except (KVError, TimeoutError) as error:
+            self.doubt(error)
 
-    async def lookup(self, spec: bytes, hashes: Sequence[bytes], pin_s: float) -> Answer | None:
+    async def lookup(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], pin_s: float, *, tail: bool
+    ) -> Answer | None:
         try:
             async with asyncio.timeout(self._lookup_s):
-                namespace = await self.namespace(spec)
                 asked = list(hashes[: self.keys_max])
-                found = await namespace.lookup(asked, pin_s=min(pin_s, self._limits.lease_s_max))
+                pin = min(pin_s, self._limits.lease_s_max)
+                return await self._look_up(sections, asked, pin, tail=tail)
         except (KVError, TimeoutError) as error:
             self.doubt(error)
             return None
-        return Answer(found.usable_blocks, found.live_blocks, tuple(int(t) for t in found.tiers))
 
-    async def announce(self, spec: bytes, hashes: Sequence[bytes], ttl_s: float) -> None:
+    async def _look_up(
+        self, sections: Sequence[Section], asked: list[bytes], pin_s: float, *, tail: bool
+    ) -> Answer:
+        """What all sections have, as one; each pins what it has to contribute."""
+        namespaces = [await self.namespace(section.spec) for section in sections]
+        needs = [
+            _need(section, namespace, tail)
+            for section, namespace in zip(sections, namespaces, strict=True)
+        ]
+        found = await asyncio.gather(
+            *(
+                namespace.lookup(asked, pin_s=pin_s, need=[need])
+                for namespace, need in zip(namespaces, needs, strict=True)
+            )
+        )
+        usable = usable_prefix([f.states == BlockState.COMPLETE for f in found], needs)
+        live = usable_prefix([f.states != BlockState.ABSENT for f in found], needs)
+        if pin_s and usable:
+            for namespace, need, one in zip(namespaces, needs, found, strict=True):
+                if one.usable_blocks != usable and need.kind != "every":
+                    await namespace.lookup(asked[:usable], pin_s=pin_s, need=[need])
+        return Answer(usable, live, tuple(int(tier) for tier in found[0].tiers))
+
+    async def announce(
+        self, sections: Sequence[Section], hashes: Sequence[bytes], ttl_s: float
+    ) -> None:
         try:
             async with asyncio.timeout(CALL_S):
-                namespace = await self.namespace(spec)
                 coming = list(hashes[: self.keys_max])
-                await namespace.announce(coming, min(ttl_s, self._limits.announce_ttl_s_max))
+                for section in sections:
+                    namespace = await self.namespace(section.spec)
+                    await namespace.announce(coming, min(ttl_s, self._limits.announce_ttl_s_max))
         except (KVError, TimeoutError) as error:
             self.doubt(error)
 
-    async def withdraw(self, spec: bytes, hashes: Sequence[bytes]) -> None:
+    async def withdraw(self, sections: Sequence[Section], hashes: Sequence[bytes]) -> None:
         try:
             async with asyncio.timeout(CALL_S):
-                namespace = await self.namespace(spec)
-                await namespace.withdraw(list(hashes[: self.keys_max]))
+                for section in sections:
+                    namespace = await self.namespace(section.spec)
+                    await namespace.withdraw(list(hashes[: self.keys_max]))
         except (KVError, TimeoutError) as error:
             self.doubt(error)
 
@@ -320,3 +352,8 @@ class HubLink:
                     self._suspect = True
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, BACKOFF_S[1])
+
+
+def _need(section: Section, namespace: AsyncNamespace, tail: bool) -> Need:
+    blocks = section.blocks_needed(namespace.grid.block_tokens, tail=tail)
+    return Need("last", blocks) if blocks else Need("every")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvserver_vllm.common import Common, Tracked
-from kvserver_vllm.layout import SKIP
+from kvserver_vllm.layout import SKIP, of_group
 from kvserver_vllm.messages import LoadJob, StepMeta
 
 FAILED_KEY_S = 2.0
@@ -104,25 +104,25 @@ class Loads:
     def _needed(self, tracked: Tracked, usable: int, computed: int) -> int:
         """Engine blocks of a load."""
         tokens = self._common.covered(tracked, usable) - computed
-        return -(-tokens // self._common.engine_block)
+        return self._common.engine_blocks_of(tokens)
 
     def start(
-        self, tracked: Tracked, block_ids: Sequence[int], tokens: int, *, fetched: bool
+        self, tracked: Tracked, tables: Sequence[Sequence[int]], tokens: int, *, fetched: bool
     ) -> None:
         """The engine gave blocks to a request whose `tokens` come from the hub, or from a fetch."""
         common = self._common
         request = tracked.request.request_id
-        begin, stop = tracked.matched_from, tracked.matched_from + tokens
+        begin, stop = tracked.matched_from, tracked.matched_to
         first, last = begin // common.block, -(-stop // common.block)
         tail = stop < last * common.block
         blocks = tuple(
-            common.block_pages(tracked, range(first, last), block_ids, begin=begin, tail=tail)
+            common.block_pages(tracked, range(first, last), tables, begin=begin, tail=tail)
         )
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
         deadline = max(0.0, common.settings.load_deadline_ms / 1e3 - waited)
         job = LoadJob(request, blocks, deadline, fetched)
-        needed = -(-tokens // common.engine_block)
+        needed = common.engine_blocks_of(tokens)
         self._active[request] = Load(job, first, needed, tokens, now)
         self.claim(request, (block.hash for block in blocks))
         self._outgoing.append(job)
@@ -186,7 +186,13 @@ class Loads:
             tier = known[index] if index < len(known) else 0
             if not tier and load.job.fetched:
                 tier = HOST_TIER  # what is being written stands in the hub's memory
-            here = min(left, self._common.page_tokens * sum(p != SKIP for p in block.pages))
+            pages = self._first_section(block.pages)
+            here = min(left, self._common.page_tokens * sum(p != SKIP for p in pages))
             counts[tier] = counts.get(tier, 0) + here
             left -= here
         return {tier: count for tier, count in counts.items() if count}
+
+    def _first_section(self, pages: Sequence[int]) -> Sequence[int]:
+        """Those of the section that the answer's tiers are about, in one of its groups."""
+        common = self._common
+        return of_group(pages, common.sections[0].groups[0], len(common.group_tokens))

@@ -77,7 +77,7 @@ class Lookups:
             hashes = tracked.keys(0, blocks + tracked.tail)
             if wanted and hashes:
                 started = common.clock()
-                answer = await common.hub.lookup(common.spec, hashes, pin_s)
+                answer = await common.hub.lookup(common.sections, hashes, pin_s, tail=tracked.tail)
                 common.count("lookups")
                 if answer is None:
                     common.count("lookups_failed")
@@ -130,7 +130,8 @@ class Lookups:
             if now - tracked.asked_at >= POLL_S:
                 self._ask(tracked, pin_s=0.0)
             return self._later(tracked, now)
-        tokens = self._common.covered(tracked, usable) - computed
+        covered = self._common.covered(tracked, usable)
+        tokens = covered - self._held_back(tracked, covered) - computed
         if tokens < self._least(tracked, computed):
             return 0, False
         if not self._pays(tracked, tokens):
@@ -141,7 +142,7 @@ class Lookups:
                 return None, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)
-        tracked.matched_from = computed
+        tracked.matched_from, tracked.matched_to = computed, covered
         return tokens, True
 
     def _begin_fetch(self, tracked: Tracked, blocks: int, computed: int, longest: float) -> bool:
@@ -166,15 +167,23 @@ class Lookups:
         usable = self._fetches.usable(tracked, now)
         if usable is None:
             return None, False
-        tokens = self._common.covered(tracked, usable) - computed
+        covered = self._common.covered(tracked, usable)
+        tokens = covered - self._held_back(tracked, covered) - computed
         if tokens < self._least(tracked, computed):
             tracked.missed = True
             self._fetches.drop(tracked.request.request_id)
             return 0, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)
-        tracked.matched_from = computed
+        tracked.matched_from, tracked.matched_to = computed, covered
         return tokens, True
+
+    def _held_back(self, tracked: Tracked, covered: int) -> int:
+        """Of a prompt that is there to its last token vLLM computes that one again; its window
+        begins a token earlier than the next one's. Told of the whole prompt, vLLM gives up blocks
+        for the next one's: it is told of one token less."""
+        trimmed = any(section.trimmed for section in self._common.sections)
+        return int(trimmed and covered >= tracked.request.num_tokens)
 
     def _later(self, tracked: Tracked, now: float) -> tuple[int | None, bool]:
         """`None`, unless the request has waited for the hub for as long as it may in all."""
@@ -191,7 +200,7 @@ class Lookups:
         ends at an engine block, has nearly all of it."""
         if not tracked.tail:
             return self._common.settings.min_hit_tokens or self._common.block
-        return self._common.engine_block if computed else 1
+        return max(self._common.group_tokens) if computed else 1
 
     def _pays(self, tracked: Tracked, tokens: int) -> bool:
         """Whether loading so many tokens is expected to take less time than computing them. Decided

@@ -1,7 +1,7 @@
 """What the scheduler half and the ranks tell each other.
 
 scheduler -> ranks   `StepMeta`, with every step; it names blocks by hash and pages by page id.
-ranks -> scheduler   `RankInfo` once (what this rank holds), `RankReport` when there is news.
+ranks -> scheduler   `RankHolds` once (what this rank holds), `RankReport` when there is news.
 
 All of it is pickled by vLLM and holds plain data only.
 """
@@ -18,9 +18,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 
-@dataclass(frozen=True)
-class RankInfo(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """The part of the grid that one rank holds, and how its pages are encoded."""
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """The part of one section's grid that a rank holds, and how its pages are encoded."""
 
     layers: tuple[int, ...]
     """Global indices of its attention layers, ascending."""
@@ -30,13 +30,50 @@ class RankInfo(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     kv_dtype: str
     page_tokens: int
     page_bytes: int
+    window: int = 0
+    """Tokens that these layers attend to, 0: all."""
+    trimmed: bool = False
+    """The engine gives up the KV of tokens that the window has left behind."""
+    groups: tuple[int, ...] = (0,)
+    """Its KV cache groups that hold these layers, ascending."""
+
+
+@dataclass(frozen=True)
+class RankHolds(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What one rank holds of each section."""
+
+    sections: tuple[RankInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section of the engine: a namespace, and what a prefix must have of it (sections.py)."""
+
+    spec: bytes
+    """The namespace's canonical encoding."""
+    layer_start: dict[int, int]
+    """First layer of each pipeline rank in the namespace's grid."""
+    window: int = 0
+    """Tokens that its layers attend to, 0: all. No two sections of an engine have the same."""
+    trimmed: bool = False
+    """Only the window at a prefix's end is needed of it."""
+    groups: tuple[int, ...] = (0,)
+    """KV cache groups of the engine that hold its layers."""
+
+    def blocks_needed(self, block_tokens: int, *, tail: bool = False) -> int:
+        """How many of a prefix's last blocks are needed, 0: all. They hold the `window` - 1 tokens
+        before the next one. `tail`: the last of them may be short."""
+        if not self.trimmed:
+            return 0
+        return max(1, -(-(self.window - 1) // block_tokens)) + tail
 
 
 class BlockPages(NamedTuple):
     """One hub block and the engine pages that it is copied from or to.
 
-    `pages` are page ids in the order of the block's tokens; -1 leaves a page alone. A tail holds
-    fewer `tokens` than others, and so fewer pages; the last one may be filled in part.
+    `pages` are page ids in the order of the block's tokens, group after group (layout.py); -1
+    leaves a page alone. A tail holds fewer `tokens` than others, and so fewer pages; the last one
+    may be filled in part.
     """
 
     hash: bytes
@@ -97,11 +134,9 @@ class LoadJob:
 
 @dataclass
 class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
-    """The orders of one step. `spec` is the namespace's canonical encoding."""
+    """The orders of one step. `sections` stand in every step with orders."""
 
-    spec: bytes = b""
-    layer_start: dict[int, int] = field(default_factory=dict)
-    """First layer of each pipeline rank in the namespace's grid."""
+    sections: tuple[Section, ...] = ()
     saves: list[SaveJob] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     fetches: list[FetchJob] = field(default_factory=list)

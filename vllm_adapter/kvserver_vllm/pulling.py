@@ -17,7 +17,7 @@ from kvclient import AsyncNamespace, Granted, KVError
 from kvproto.grid import Region
 from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import SKIP
-from kvserver_vllm.messages import LoadJob, StepMeta
+from kvserver_vllm.messages import BlockPages, LoadJob, StepMeta
 from kvserver_vllm.rank import Rank
 from kvserver_vllm.staging import Stagings
 
@@ -27,12 +27,25 @@ DIRECT_BYTES = 256 << 20
 """Pulled by one call that is not staged: what one failure costs."""
 
 
+class Part:
+    """What one section of this rank pulls of a load: blocks of which its layers have pages."""
+
+    def __init__(self, meta: StepMeta, job: LoadJob, direct: Direct) -> None:
+        self.meta = meta
+        self.job = job
+        self.direct = direct
+        self.section = direct.section
+        present = self.section.pages.present
+        self.wanted = [at for at, block in enumerate(job.blocks) if present(block.pages)]
+        self.missing = set(self.wanted)
+
+
 class Pulls:
     """Loads of this rank under way."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._direct = Direct(rank)
+        self._direct = [Direct(rank, section) for section in rank.sections]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self.stagings = Stagings(rank)
         self._open: dict[str, LoadJob] = {}
@@ -58,13 +71,16 @@ class Pulls:
         task = asyncio.current_task()
         assert task is not None
         self._loads[job.request] = task
-        missing = set(range(len(job.blocks)))
+        parts = [Part(meta, job, direct) for direct in self._direct]
         aborted = False
         started = time.monotonic()
         try:
             async with asyncio.timeout(job.deadline_s):
-                bring = self.stagings.land if job.fetched else self._pull
-                await bring(meta, job, missing)
+                if job.fetched:
+                    await self.stagings.land(meta, job, parts[0].missing)
+                else:
+                    for part in parts:
+                        await self._pull(part)
         except (KVError, TimeoutError) as error:
             self._rank.link.doubt(error)
         except asyncio.CancelledError:
@@ -74,82 +90,80 @@ class Pulls:
         finally:
             self._loads.pop(job.request, None)
             self.stagings.drop(job.request)
-        if missing:
-            await self._direct.quiet(job.blocks)
+        for part in parts:
+            if part.missing:
+                await part.direct.quiet(job.blocks)
         if not aborted:
             self._rank.figures.took("pull_seconds", time.monotonic() - started)
-        self._report(job, missing, aborted)
+        self._report(job, set().union(*(part.missing for part in parts)), aborted)
 
-    async def _pull(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
-        link = self._rank.link
+    async def _pull(self, part: Part) -> None:
+        link, job = self._rank.link, part.job
         deadline_s = max(job.deadline_s, 0.001)
-        namespace = await link.namespace(meta.spec, deadline_s)
-        staged = await self._pull_direct(namespace, meta, job, missing)
+        namespace = await link.namespace(part.section.order(part.meta).spec, deadline_s)
+        staged = await self._pull_direct(namespace, part)
         step = link.keys_max
         for start in range(0, len(staged), step):
-            part = staged[start : start + step]
+            chosen = staged[start : start + step]
             stream = namespace.acquire(
-                [job.blocks[index].hash for index in part],
-                region=self._rank.region(meta),
+                [job.blocks[index].hash for index in chosen],
+                region=part.section.region(part.meta, self._rank.stage),
                 window_bytes=min(self._rank.settings.window_bytes, link.window_bytes_max),
                 deadline_s=deadline_s,
             )
             async with stream:
                 async for granted in stream:
-                    index = part[granted.index]
-                    if self._take(job, index, stream.region, granted):
-                        missing.discard(index)
+                    index = chosen[granted.index]
+                    if self._take(part, index, stream.region, granted):
+                        part.missing.discard(index)
                     await granted.release()
 
-    async def _pull_direct(
-        self, namespace: AsyncNamespace, meta: StepMeta, job: LoadJob, missing: set[int]
-    ) -> list[int]:
+    async def _pull_direct(self, namespace: AsyncNamespace, part: Part) -> list[int]:
         """Pull what goes straight into its pages; the positions of the others."""
-        indices = list(range(len(job.blocks)))
-        if not self._direct.on:
-            return indices
-        rank, region = self._rank, self._rank.region(meta)
+        rank, section, blocks = self._rank, part.section, part.job.blocks
+        if not part.direct.on:
+            return part.wanted
+        region = section.region(part.meta, rank.stage)
         places = {
             index: place
-            for index, block in enumerate(job.blocks)
-            if (place := self._direct.place(block, 0, rank.pages.layers)) is not None
+            for index in part.wanted
+            if (place := part.direct.place(blocks[index], 0, section.pages.layers)) is not None
         }
         step = max(1, DIRECT_BYTES // namespace.grid.region_bytes(region))
-        chosen = list(places)
-        for start in range(0, len(chosen), step):
-            part = chosen[start : start + step]
+        straight = list(places)
+        for start in range(0, len(straight), step):
+            chosen = straight[start : start + step]
             result = await namespace.pull(
-                [job.blocks[index].hash for index in part],
-                [places[index] for index in part],
+                [blocks[index].hash for index in chosen],
+                [places[index] for index in chosen],
                 region=region,
                 window_bytes=min(rank.settings.window_bytes, rank.link.window_bytes_max),
-                deadline_s=max(job.deadline_s, 0.001),
+                deadline_s=max(part.job.deadline_s, 0.001),
             )
             for at in np.flatnonzero(result.found).tolist():
-                index, pages = part[at], job.blocks[part[at]].pages
-                missing.discard(index)
+                index = chosen[at]
+                part.missing.discard(index)
                 moved = namespace.grid.region_bytes(region, int(result.tokens[at]))
                 rank.count("pulled_bytes", moved)
                 if rank.log.on:
                     tier = int(result.tiers[at])
-                    rank.log_cells("pulled", pages, region, job, index, moved, tier)
-        return [index for index in indices if index not in places]
+                    rank.log_cells("pulled", section, region, blocks[index], moved, tier)
+        return [index for index in part.wanted if index not in places]
 
-    def _take(self, job: LoadJob, index: int, region: Region, granted: Granted) -> bool:
+    def _take(self, part: Part, index: int, region: Region, granted: Granted) -> bool:
         """Copy one granted block into the engine's pages; whether its bytes are the right ones."""
-        pages, cells = job.blocks[index].pages, granted.cells
-        self._rank.pages.scatter(0, self._rank.pages.layers, pages, cells)
+        pages, block, cells = part.section.pages, part.job.blocks[index], granted.cells
+        pages.scatter(0, pages.layers, block.pages, cells)
         moved, tier = int(cells.nbytes), int(granted.tier)
         del cells
         if not granted.verify():
             return False
         self._rank.count("pulled_bytes", moved)
         if self._rank.log.on:
-            self._rank.log_cells("pulled", pages, region, job, index, moved, tier)
+            self._rank.log_cells("pulled", part.section, region, block, moved, tier)
         return True
 
     def _report(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
-        per_block = self._rank.pages.format.pages_per_block
         self._open.pop(job.request, None)
         if job.request in self._void:
             self._void.discard(job.request)
@@ -163,6 +177,15 @@ class Pulls:
             outbox.received.add(job.request)
             if missing and not aborted:
                 outbox.failed[job.request] = min(missing)
+                if len(self._rank.group_tokens) > 1:
+                    outbox.lost.add(job.request)
                 for index in missing:
-                    pages = job.blocks[index].pages
-                    outbox.invalid.update(p // per_block for p in pages if p != SKIP)
+                    outbox.invalid.update(self._engine_blocks(job.blocks[index]))
+
+    def _engine_blocks(self, block: BlockPages) -> set[int]:
+        """vLLM takes failed blocks by their id where there is one KV cache group; with several it
+        takes failed requests only."""
+        if len(self._rank.group_tokens) > 1:
+            return set()
+        per_block = self._rank.group_tokens[0] // self._rank.page_tokens
+        return {page // per_block for page in block.pages if page != SKIP}

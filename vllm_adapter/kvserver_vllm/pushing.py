@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +20,19 @@ import numpy.typing as npt
 from kvclient import CommitVerdict, KVError, Reservation
 from kvproto.grid import Region
 from kvserver_vllm.direct import Direct
-from kvserver_vllm.messages import SaveJob, StepMeta
+from kvserver_vllm.layout import Pages
+from kvserver_vllm.messages import BlockPages, SaveJob, StepMeta
 from kvserver_vllm.rank import Rank
 
 
-class Step:
-    """Progress of one forward pass, in layers. Lives on the link's thread."""
+class Track:
+    """Progress of one forward pass in the layers of one section."""
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._seen: set[int] = set()
         self._ready = 0
         self._progress = asyncio.Event()
-        self.finished = asyncio.Event()
-        self.deadline = float("inf")
 
     @property
     def ready(self) -> int:
@@ -44,11 +45,8 @@ class Step:
             self._ready += 1
         self._progress.set()
 
-    def finish(self, deadline: float) -> None:
-        """The pass is over; pages stay pinned until `deadline`."""
-        self.deadline = deadline
+    def finish(self) -> None:
         self._ready = self._layers
-        self.finished.set()
         self._progress.set()
 
     async def beyond(self, layer: int) -> int:
@@ -59,13 +57,53 @@ class Step:
         return self._ready
 
 
+class Step:
+    """Progress of one forward pass. Lives on the link's thread."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        """`layers` of each section."""
+        self.tracks = [Track(count) for count in layers]
+        self.finished = asyncio.Event()
+        self.deadline = float("inf")
+
+    def layer_done(self, section: int, layer: int) -> None:
+        self.tracks[section].layer_done(layer)
+
+    def finish(self, deadline: float) -> None:
+        """The pass is over; pages stay pinned until `deadline`."""
+        self.deadline = deadline
+        for track in self.tracks:
+            track.finish()
+        self.finished.set()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one section of this rank pushes of a job."""
+
+    job: SaveJob
+    direct: Direct
+    step: Step
+    track: Track
+    blocks: list[BlockPages]
+    reservation: Reservation
+    region: Region
+    straight: list[int]
+    """Positions in `blocks` of what goes straight from its pages; what is staged goes by copies."""
+    staged: list[int]
+
+    @property
+    def pages(self) -> Pages:
+        return self.direct.section.pages
+
+
 class Pushes:
     """Saves of this rank under way."""
 
     def __init__(self, rank: Rank, *, on: bool) -> None:
         """`on` is False on replicas: another rank pushes the same heads."""
         self._rank = rank
-        self._direct = Direct(rank)
+        self._direct = [Direct(rank, section) for section in rank.sections]
         self.on = on
 
     def admit(self, job: SaveJob) -> bool:
@@ -89,51 +127,70 @@ class Pushes:
             self._rank.outbox.saved[job.job] = 1
 
     async def push(self, meta: StepMeta, job: SaveJob, step: Step) -> None:
-        """Copy and commit one admitted job."""
-        link = self._rank.link
+        """Copy and commit one admitted job, in each section that has its pages."""
         let_go = asyncio.Event()
         started = time.monotonic()
         task = asyncio.current_task()
         assert task is not None
-        guard = link.spawn(self._expire(step, let_go, task))
+        guard = self._rank.link.spawn(self._expire(step, let_go, task))
+        copying = set(range(len(self._direct)))
+
+        def copied(section: int) -> None:
+            copying.discard(section)
+            if not copying and not let_go.is_set():
+                let_go.set()
+                self._let_go(job)
+
         try:
-            region = self._rank.region(meta)
-            namespace = await link.namespace(meta.spec)
-            reservation = await namespace.reserve(
-                [block.hash for block in job.blocks],
-                [block.parent for block in job.blocks],
-                tokens=[block.tokens for block in job.blocks],
-                region=region,
-            )
-            async with reservation:
-                blocks = list(reservation.writable)
-                straight = self._straight(job, blocks)
-                staged = [index for index in blocks if index not in straight]
-                last = await self._push_layers(job, step, reservation, staged, straight, region)
-                log = self._rank.log
-                if not log.on:  # otherwise the pages are hashed first
-                    let_go.set()
-                    self._let_go(job)
-                if last is not None:
-                    await self._commit(job, reservation, staged, *last)
-                    self._rank.figures.took("push_seconds", time.monotonic() - started)
-                    for index in blocks if log.on else ():
-                        self._rank.log_cells("pushed", job.blocks[index].pages, region, job, index)
-                    log.write("push_done", job=job.job, blocks=len(blocks))
-                if not let_go.is_set():
-                    let_go.set()
-                    self._let_go(job)
-        except (KVError, TimeoutError) as error:
-            self._lose("saves_dropped.hub", job, str(error))
-            link.doubt(error)
+            async with asyncio.TaskGroup() as group:
+                for at in sorted(copying):
+                    group.create_task(self._push_section(meta, job, step, at, copied))
+            self._rank.figures.took("push_seconds", time.monotonic() - started)
         except asyncio.CancelledError:
             self._lose("saves_dropped.late", job, "its pages were needed")
         finally:
             guard.cancel()
             self._rank.queued -= 1
             if not let_go.is_set():
-                await self._direct.quiet(job.blocks)
+                for at in sorted(copying):
+                    await self._direct[at].quiet(job.blocks)
                 self._let_go(job)
+
+    async def _push_section(
+        self, meta: StepMeta, job: SaveJob, step: Step, at: int, copied: Callable[[int], None]
+    ) -> None:
+        """Push section number `at`; calls `copied` once it needs the engine's pages no more."""
+        link, direct = self._rank.link, self._direct[at]
+        section = direct.section
+        blocks = [block for block in job.blocks if section.whole(block.pages)]
+        try:
+            if blocks:
+                region = section.region(meta, self._rank.stage)
+                namespace = await link.namespace(section.order(meta).spec)
+                reservation = await namespace.reserve(
+                    [block.hash for block in blocks],
+                    [block.parent for block in blocks],
+                    tokens=[block.tokens for block in blocks],
+                    region=region,
+                )
+                async with reservation:
+                    straight = self._straight(direct, blocks, reservation)
+                    staged = [index for index in reservation.writable if index not in straight]
+                    part = Part(
+                        job, direct, step, step.tracks[at], blocks, reservation, region,
+                        straight, staged,
+                    )  # fmt: skip
+                    last = await self._push_layers(part)
+                    if not self._rank.log.on:  # otherwise the pages are hashed first
+                        copied(at)
+                    if last is not None:
+                        await self._commit(part, *last)
+                        self._log_pushed(part)
+        except (KVError, TimeoutError) as error:
+            self._lose("saves_dropped.hub", job, str(error))
+            link.doubt(error)
+            await direct.quiet(blocks)
+        copied(at)
 
     async def _expire(self, step: Step, let_go: asyncio.Event, push: asyncio.Task[None]) -> None:
         """End a push that still needs the engine's pages `pin_ms` after the step."""
@@ -142,73 +199,74 @@ class Pushes:
         if not let_go.is_set():
             push.cancel()
 
-    async def _push_layers(
-        self, job: SaveJob, step: Step, reservation: Reservation, staged: list[int],
-        straight: list[int], region: Region,
-    ) -> tuple[Region, float] | None:  # fmt: skip
+    def _log_pushed(self, part: Part) -> None:
+        written = sorted([*part.staged, *part.straight])
+        log, section = self._rank.log, part.direct.section
+        for index in written if log.on else ():
+            self._rank.log_cells("pushed", section, part.region, part.blocks[index])
+        log.write("push_done", job=part.job.job, blocks=len(written), window=section.window)
+
+    async def _push_layers(self, part: Part) -> tuple[Region, float] | None:
         """Copy layers as they become ready and commit them, but for the last stretch of what is
         staged, which is returned, with when its copy began: its commit needs no pages. None when
         there is nothing to write, or no time."""
-        pages = self._rank.pages
+        pages, region = part.pages, part.region
         done, first = 0, region.layer_start
-        while staged or straight:
-            ready = await step.beyond(done)
+        while part.staged or part.straight:
+            ready = await part.track.beyond(done)
             began = time.monotonic()
-            for index in staged:
-                if time.monotonic() > step.deadline:
-                    self._lose("saves_dropped.late", job, "its pages were needed")
+            for index in part.staged:
+                if time.monotonic() > part.step.deadline:
+                    self._lose("saves_dropped.late", part.job, "its pages were needed")
                     return None
-                cells = reservation.cells(index)[done:ready]
-                pages.gather(done, ready, job.blocks[index].pages, cells)
-                pages.format.zero_behind(cells, job.blocks[index].tokens)
+                cells = part.reservation.cells(index)[done:ready]
+                pages.gather(done, ready, part.blocks[index].pages, cells)
+                pages.format.zero_behind(cells, part.blocks[index].tokens)
             stretch = Region(first + done, first + ready, region.head_start, region.head_stop)
-            await self._push_straight(job, reservation, straight, (done, ready), stretch)
+            await self._push_straight(part, (done, ready), stretch)
             done = ready
             if done == pages.layers:
                 break
-            await self._commit(job, reservation, staged, stretch, began)
-        return (stretch, began) if staged or straight else None
+            await self._commit(part, stretch, began)
+        return (stretch, began) if part.staged or part.straight else None
 
-    def _straight(self, job: SaveJob, blocks: list[int]) -> list[int]:
-        """Which of them go straight from their pages."""
-        if not self._direct.on:
+    def _straight(
+        self, direct: Direct, blocks: list[BlockPages], reservation: Reservation
+    ) -> list[int]:
+        """Which of the writable blocks go straight from their pages."""
+        if not direct.on:
             return []
-        layers, place = self._rank.pages.layers, self._direct.place
-        return [index for index in blocks if place(job.blocks[index], 0, layers) is not None]
+        layers, place = direct.section.pages.layers, direct.place
+        return [i for i in reservation.writable if place(blocks[i], 0, layers) is not None]
 
-    async def _push_straight(
-        self, job: SaveJob, reservation: Reservation, blocks: list[int], layers: tuple[int, int],
-        region: Region,
-    ) -> None:  # fmt: skip
+    async def _push_straight(self, part: Part, layers: tuple[int, int], region: Region) -> None:
         """Move and commit these layers of blocks that are not staged."""
-        places = [self._direct.place(job.blocks[index], *layers) for index in blocks]
+        places = [part.direct.place(part.blocks[index], *layers) for index in part.straight]
         began = time.monotonic()
         sources = [place for place in places if place is not None]
         if sources:
-            verdicts = await reservation.fill(blocks, sources, region=region)
-            self._committed(job, blocks, verdicts, region, began)
+            verdicts = await part.reservation.fill(part.straight, sources, region=region)
+            self._committed(part, part.straight, verdicts, region, began)
 
-    async def _commit(
-        self, job: SaveJob, reservation: Reservation, blocks: list[int], region: Region,
-        began: float,
-    ) -> None:  # fmt: skip
-        if blocks:
-            verdicts = await reservation.commit(blocks, region=region)
-            self._committed(job, blocks, verdicts, region, began)
+    async def _commit(self, part: Part, region: Region, began: float) -> None:
+        if part.staged:
+            verdicts = await part.reservation.commit(part.staged, region=region)
+            self._committed(part, part.staged, verdicts, region, began)
 
     def _committed(
-        self, job: SaveJob, blocks: list[int], verdicts: npt.NDArray[np.uint8], region: Region,
+        self, part: Part, indices: list[int], verdicts: npt.NDArray[np.uint8], region: Region,
         began: float,
     ) -> None:  # fmt: skip
-        whole = [blocks[at] for at in np.flatnonzero(verdicts == CommitVerdict.OK)]
-        lost = len(blocks) - len(whole)
-        pages = sum(len(job.blocks[index].pages) for index in whole)
-        self._rank.count("pushed_bytes", pages * self._rank.pages.format.page_bytes * region.cells)
+        whole = [indices[at] for at in np.flatnonzero(verdicts == CommitVerdict.OK)]
+        lost = len(indices) - len(whole)
+        pages = sum(part.pages.count(part.blocks[index].pages) for index in whole)
+        self._rank.count("pushed_bytes", pages * part.pages.format.page_bytes * region.cells)
         if lost:
             self._rank.count("blocks_not_committed")
         self._rank.log.write(
             "commit",
-            job=job.job,
+            job=part.job.job,
+            window=part.direct.section.window,
             layers=[region.layer_start, region.layer_stop],
             heads=[region.head_start, region.head_stop],
             blocks=len(verdicts) - lost,

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvserver_vllm.common import Common, Tracked
-from kvserver_vllm.layout import SKIP
 from kvserver_vllm.messages import BlockPages, SaveJob
 from kvserver_vllm.pins import PinLedger
 
@@ -51,7 +50,7 @@ class Saves:
     def announce(self, tracked: Tracked) -> None:
         """Say that the blocks of this prompt which the hub lacks are about to be computed."""
         common, chain = self._common, tracked.chain
-        if tracked.announced is not None or not common.saves or not common.spec:
+        if tracked.announced is not None or not common.saves or not common.sections:
             return
         tracked.announced = []
         if chain is None or not common.hub.responsive:
@@ -68,7 +67,7 @@ class Saves:
         common = self._common
         assert tracked.announced
         tracked.announced_at = common.clock()
-        common.hub.submit(common.hub.announce(common.spec, tracked.announced, ANNOUNCE_S))
+        common.hub.submit(common.hub.announce(common.sections, tracked.announced, ANNOUNCE_S))
 
     def _ordered(self, tracked: Tracked, blocks: Sequence[BlockPages], now: float) -> None:
         """These blocks are on their way to the hub; the rest is announced again in time."""
@@ -94,8 +93,8 @@ class Saves:
         if left:
             self._own.difference_update(left)
             tracked.announced = []
-            if common.spec:
-                common.hub.submit(common.hub.withdraw(common.spec, left))
+            if common.sections:
+                common.hub.submit(common.hub.withdraw(common.sections, left))
 
     def _take_back(self, requests: dict[str, Tracked]) -> None:
         """The engine was told to produce no more: nobody is to wait for what it announced."""
@@ -108,7 +107,7 @@ class Saves:
         common = self._common
         if not common.saves:
             self._take_back(requests)
-        if not (common.saves and common.spec and common.hub.responsive):
+        if not (common.saves and common.sections and common.hub.responsive):
             return []
         jobs, blocks = [], self._blocks(output, requests)
         for start in range(0, len(blocks), JOB_BLOCKS_MAX):
@@ -142,29 +141,31 @@ class Saves:
             tables = state.get_block_ids(request_id) if state is not None else None
             if tables is None:
                 continue
-            completed = self._completed(tracked, full, tail, tables[0])
+            completed = self._completed(tracked, full, tail, tables)
             self._ordered(tracked, completed, now)
             for block in completed:
-                if SKIP in block.pages or block.hash in taken or self._pins.saving(block.hash):
+                if block.hash in taken or self._pins.saving(block.hash):
+                    continue
+                if not self._common.savable(block):
                     continue
                 taken.add(block.hash)
                 found.append((block, self._common.engine_blocks(block)))
         return found
 
     def _completed(
-        self, tracked: Tracked, full: int, tail: bool, block_ids: Sequence[int]
+        self, tracked: Tracked, full: int, tail: bool, tables: Sequence[Sequence[int]]
     ) -> list[BlockPages]:
         """The blocks up to `full` that were not saved yet, and the prompt's tail if it is time."""
         common, chain = self._common, tracked.chain
         assert chain is not None
         blocks = []
         if full > tracked.saved:
-            blocks = common.block_pages(tracked, range(tracked.saved, full), block_ids)
+            blocks = common.block_pages(tracked, range(tracked.saved, full), tables)
             tracked.saved = full
         if tail:
             tracked.tail_saved = True
             at = chain.prompt_blocks
-            blocks += common.block_pages(tracked, range(at, at + 1), block_ids, tail=True)
+            blocks += common.block_pages(tracked, range(at, at + 1), tables, tail=True)
         return blocks
 
     def _pushes_tail(self, tracked: Tracked) -> bool:

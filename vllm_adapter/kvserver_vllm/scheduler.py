@@ -17,7 +17,7 @@ from kvserver_vllm.fetches import Fetches
 from kvserver_vllm.figures import Recorder
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.lookups import Lookups
-from kvserver_vllm.messages import RankReport, StepMeta
+from kvserver_vllm.messages import RankReport, Section, StepMeta
 from kvserver_vllm.patience import Patience
 from kvserver_vllm.saves import Saves
 
@@ -31,7 +31,7 @@ class SchedulerHalf:
         hub: Hub,
         log: EventLog,
         *,
-        engine_block_tokens: int,
+        group_tokens: Sequence[int],
         ranks: int,
         loads: bool,
         saves: bool,
@@ -39,13 +39,14 @@ class SchedulerHalf:
         adapter_digest: Callable[[Any], bytes],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`ranks` report each save; `loads` and `saves` follow from kv_role."""
+        """`group_tokens` are the tokens of a block of each of the engine's KV cache groups;
+        `ranks` report each save; `loads` and `saves` follow from kv_role."""
         self._common = Common(
             settings,
             hub,
             log,
             clock,
-            engine_block=engine_block_tokens,
+            group_tokens=tuple(group_tokens),
             loads=loads,
             saves=saves,
             prefix_caching=prefix_caching,
@@ -57,8 +58,7 @@ class SchedulerHalf:
         patience = Patience(self._common, self._saves)
         self._lookups = Lookups(self._common, self._loads, self._fetches, patience)
         self._requests: dict[str, Tracked] = {}
-        self._told = b""
-        self._layer_start: dict[int, int] = {}
+        self._told: tuple[Section, ...] = ()
         gauges = {"hub_connected": lambda: float(hub.responsive)}
         self.figures = Recorder("scheduler", self._common.counters, gauges)
 
@@ -72,15 +72,12 @@ class SchedulerHalf:
         self._common.pool = pool
         self._saves.bind(pool)
 
-    def open(
-        self, spec: bytes, page_tokens: int, layer_start: dict[int, int], *, tails: bool
-    ) -> None:
-        """From now on work in this namespace. `tails`: its pages can be filled in part. Safe to
+    def open(self, sections: Sequence[Section], page_tokens: int, *, tails: bool) -> None:
+        """From now on work in these namespaces. `tails`: their pages can be filled in part. Safe to
         call from the hub's thread."""
         self._common.tails = tails
         self._common.page_tokens = page_tokens
-        self._layer_start = dict(layer_start)
-        self._common.spec = spec
+        self._common.sections = tuple(sections)
 
     def forget(self) -> None:
         """Neither save nor look up for the requests at hand, and use nothing that is still on its
@@ -90,7 +87,7 @@ class SchedulerHalf:
         self._requests.clear()
         self._loads.forget()
         self._saves.forget()
-        self._common.spec = b""
+        self._common.sections = ()
 
     def obey(self, *, loads: bool, saves: bool) -> None:
         """From the next decision on; loads and pushes under way end as they would. Safe to call
@@ -105,7 +102,7 @@ class SchedulerHalf:
             return
         tracked = Tracked(request, None)
         self._requests[request.request_id] = tracked
-        if not self._common.spec:
+        if not self._common.sections:
             tracked.missed = True
         else:
             self._lookups.begin(tracked)
@@ -117,14 +114,14 @@ class SchedulerHalf:
             return 0, False
         return self._lookups.matched_tokens(tracked, computed)
 
-    def after_alloc(self, request: Any, block_ids: Sequence[int], tokens: int) -> None:
-        """vLLM's update_state_after_alloc for the one group: engine blocks of the request."""
+    def after_alloc(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
+        """vLLM's update_state_after_alloc: engine blocks of the request, by KV cache group."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return
         if tokens > 0:
             fetched = self._fetches.landing(tracked.request.request_id)
-            self._loads.start(tracked, block_ids, tokens, fetched=fetched)
+            self._loads.start(tracked, tables, tokens, fetched=fetched)
         else:
             self._saves.announce(tracked)
 
@@ -156,9 +153,8 @@ class SchedulerHalf:
             fetches=fetches, drops=drops, saves=self._saves.orders(output, self._requests)
         )
         self._loads.take_orders(meta)
-        if meta.saves or meta.loads or meta.fetches or self._told != self._common.spec:
-            self._told = self._common.spec
-            meta.spec, meta.layer_start = self._common.spec, self._layer_start
+        if meta.saves or meta.loads or meta.fetches or self._told != self._common.sections:
+            self._told = meta.sections = self._common.sections
         return meta
 
     def _prompt_tokens(self, output: Any) -> int:

@@ -12,6 +12,8 @@ Rules:
   2. Every granted part is released once: by who takes it, or by `close`.
   3. The streams run until everything has come, is missing, or the fetch is closed: when its load
      has taken what it wants, or when it is dropped.
+  4. Engines with windowed layers (sections.py) stage nothing, since they do not load all blocks: a
+     fetch is refused, and the request is loaded when its blocks are complete.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Staging:
         self._told = told
         self.size = size
         self._position = {key: index for index, key in enumerate(job.hashes)}
-        layers = rank.pages.layers
+        self._section = rank.sections[0]
+        layers = self._section.pages.layers
         count = min(GROUPS_MAX, layers)
         bounds = [layers * group // count for group in range(count + 1)]
         self._groups = list(pairwise(bounds))
@@ -75,9 +78,10 @@ class Staging:
         """Lease everything, as it is committed. Returns when nothing more will come."""
         link = self._rank.link
         try:
-            namespace = await link.namespace(meta.spec)
+            namespace = await link.namespace(self._section.order(meta).spec)
+            region = self._section.region(meta, self._rank.stage)
             self._streams = [
-                link.spawn(self._stream(namespace, self._rank.region(meta), group))
+                link.spawn(self._stream(namespace, region, group))
                 for group in range(len(self._groups))
             ]
             await asyncio.gather(*self._streams)
@@ -162,12 +166,13 @@ class Stagings:
 
     def fetch(self, meta: StepMeta, job: FetchJob) -> None:
         """Begin to get hold of a request's blocks, if there is room for them."""
-        rank, pages = self._rank, self._rank.pages
+        rank, pages = self._rank, self._rank.sections[0].pages
         page = pages.format.page_tokens
         count = sum(-(-tokens // page) for tokens in job.tokens)
         size = count * pages.layers * pages.heads * pages.format.page_bytes
         windows = rank.link.window_bytes_max * min(GROUPS_MAX, pages.layers)
-        if self._bytes + size > rank.settings.staging_bytes or size > windows:
+        crowded = self._bytes + size > rank.settings.staging_bytes or size > windows
+        if crowded or any(section.window for section in meta.sections):
             rank.count("fetches_refused")
             self._tell(job.request, FetchProgress(ended=True, refused=True))
             return
@@ -195,7 +200,7 @@ class Stagings:
     async def land(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
         """Copy a fetch's blocks into the engine's pages as they come, and take what arrived out of
         `missing`; the first that does not come ends it."""
-        active = self._active.get(job.request)
+        active, section = self._active.get(job.request), self._rank.sections[0]
         for index, block in enumerate(job.blocks):
             parts = await active[0].take(block.hash) if active is not None else None
             if parts is None:
@@ -203,7 +208,7 @@ class Stagings:
             good, moved, tier = True, 0, 0
             for start, stop, granted in parts:
                 cells = granted.cells
-                self._rank.pages.scatter(start, stop, block.pages, cells)
+                section.pages.scatter(start, stop, block.pages, cells)
                 moved, tier = moved + int(cells.nbytes), int(granted.tier)
                 del cells
                 good = granted.verify() and good
@@ -212,6 +217,5 @@ class Stagings:
                 missing.discard(index)
                 self._rank.count("pulled_bytes", moved)
                 if self._rank.log.on:
-                    region = self._rank.region(meta)
-                    pages = block.pages
-                    self._rank.log_cells("pulled", pages, region, job, index, moved, tier)
+                    region = section.region(meta, self._rank.stage)
+                    self._rank.log_cells("pulled", section, region, block, moved, tier)

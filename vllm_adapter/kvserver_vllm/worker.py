@@ -15,12 +15,11 @@ from typing import Any
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.figures import Recorder
-from kvserver_vllm.layout import Pages
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.messages import RankReport, StepMeta
+from kvserver_vllm.messages import RankReport, Section, StepMeta
 from kvserver_vllm.pulling import Pulls
 from kvserver_vllm.pushing import Pushes, Step
-from kvserver_vllm.rank import Rank
+from kvserver_vllm.rank import Rank, RankSection
 
 logger = logging.getLogger("vllm.kvserver")
 
@@ -33,25 +32,29 @@ class WorkerHalf:
         settings: Settings,
         link: HubLink,
         log: EventLog,
-        pages: Pages,
-        layers: Sequence[str],
+        sections: Sequence[RankSection],
         *,
         stage: int,
-        head_start: int,
         pushes: bool,
+        group_tokens: Sequence[int],
         rank: int = 0,
     ) -> None:
-        """`layers` are this rank's layer names in order; `pushes` is False on replicas; `rank` is
-        its number among all ranks of the engine."""
-        self._rank = Rank(settings, link, log, pages, stage, head_start, rank)
-        self._layer = {name: index for index, name in enumerate(layers)}
+        """`pushes` is False on replicas; `group_tokens` are the tokens of a block of each of the
+        engine's KV cache groups; `rank` is its number among all ranks of the engine."""
+        self._rank = Rank(settings, link, log, sections, stage, tuple(group_tokens), rank)
+        self._layer = {
+            name: (at, layer)
+            for at, section in enumerate(sections)
+            for layer, name in enumerate(section.layers)
+        }
         self._pushes = Pushes(self._rank, on=pushes)
         self._pulls = Pulls(self._rank)
         self._meta = StepMeta()
-        self._greeted = b""
+        self._greeted: tuple[Section, ...] = ()
         self._step: Step | None = None
         self._report_failed: dict[str, int] = {}
         self._invalid: set[int] = set()
+        self._lost: set[str] = set()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -66,12 +69,12 @@ class WorkerHalf:
         link = self._rank.link
         self._meta = meta
         self._step = None
-        if meta.spec and meta.spec != self._greeted:
-            self._greeted = meta.spec
-            link.submit(link.greet(meta.spec))
+        if meta.sections and meta.sections != self._greeted:
+            self._greeted = meta.sections
+            link.submit(link.greet([section.spec for section in meta.sections]))
         if not meta.saves:
             return
-        step = self._step = Step(self._rank.pages.layers)
+        step = self._step = Step([section.pages.layers for section in self._rank.sections])
         for job in meta.saves:
             if self._pushes.admit(job):
                 link.submit(self._pushes.push(meta, job, step))
@@ -81,11 +84,13 @@ class WorkerHalf:
         step, log = self._step, self._rank.log
         if step is None or not self._rank.settings.layerwise_push:
             return
-        layer = self._layer.get(name)
-        if layer is not None:
-            self._call_soon(step.layer_done, layer)
+        place = self._layer.get(name)
+        if place is not None:
+            self._call_soon(step.layer_done, *place)
             if log.on:
-                log.write("save_layer", layer=layer, jobs=[j.job for j in self._meta.saves])
+                section, layer = place
+                jobs = [job.job for job in self._meta.saves]
+                log.write("save_layer", section=section, layer=layer, jobs=jobs)
 
     def step_saved(self) -> None:
         """vLLM's wait_for_save: whatever no layer hook took is ready now."""
@@ -115,8 +120,14 @@ class WorkerHalf:
         with box.lock:
             received, box.received = box.received, set()
             self._invalid, box.invalid = box.invalid, set()
+            self._lost, box.lost = box.lost, set()
             self._report_failed, box.failed = box.failed, {}
         return received
+
+    def take_lost(self) -> set[str]:
+        """Those of them whose blocks vLLM must all do without."""
+        lost, self._lost = self._lost, set()
+        return lost
 
     def take_invalid(self) -> set[int]:
         """Engine blocks of those loads that did not arrive."""

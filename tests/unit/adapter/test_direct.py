@@ -27,7 +27,8 @@ from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import CPU_ENCODING, SKIP, HostPages
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.messages import BlockPages, LoadJob, SaveJob, StepMeta
+from kvserver_vllm.messages import BlockPages, LoadJob, SaveJob, Section, StepMeta
+from kvserver_vllm.rank import RankSection
 from kvserver_vllm.worker import WorkerHalf
 from tests.contract.conftest import eventually
 from tests.fault.test_nixl_peers import running, small
@@ -61,13 +62,14 @@ class Engine:
         )  # fmt: skip
         self.link.register(self.pages.memory)
         self.half = WorkerHalf(
-            settings, self.link, self.log, self.pages, [str(i) for i in range(LAYERS)],
-            stage=0, head_start=0, pushes=True,
+            settings, self.link, self.log,
+            [RankSection(0, self.pages, tuple(str(i) for i in range(LAYERS)), 0)],
+            stage=0, pushes=True, group_tokens=[TOKENS],
         )  # fmt: skip
         eventually(lambda: self.link.direct, "connected, and the pages are registered")
 
     def bind(self, **meta: Any) -> None:
-        self.half.bind(StepMeta(spec=SPEC.canonical, layer_start={0: 0}, **meta))
+        self.half.bind(StepMeta(sections=(Section(SPEC.canonical, {0: 0}),), **meta))
 
     def push(self, blocks: list[BlockPages], job: int = 1) -> None:
         self.bind(saves=[SaveJob(job, tuple(blocks))])

@@ -15,9 +15,11 @@ from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.common import Answer
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.link import HubLink
+from kvserver_vllm.messages import Section
 
 NOBODY = "127.0.0.1:9"
-SPEC = NamespaceSpec("m", bytes(32), "float32", "e/1", 1, 1, 64).canonical
+SPEC = NamespaceSpec("m", bytes(32), "float32", "e/1", 1, 1, 64)
+SECTION = Section(SPEC.canonical, {0: 0})
 
 
 def shared(address: str = NOBODY) -> HubLink:
@@ -36,8 +38,8 @@ def test_without_a_hub_every_question_has_an_answer_at_once(link: HubLink) -> No
     done = threading.Event()
 
     async def ask() -> None:
-        answers.append(await link.lookup(SPEC, [bytes(32)], 1.0))
-        await link.announce(SPEC, [bytes(32)], 1.0)
+        answers.append(await link.lookup([SECTION], [bytes(32)], 1.0, tail=False))
+        await link.announce([SECTION], [bytes(32)], 1.0)
         done.set()
 
     began = time.monotonic()

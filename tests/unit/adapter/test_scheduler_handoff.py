@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvserver_vllm.patience import STALL_S
-from tests.support.scheduler_world import BLOCK, PAGE, SPEC, FakeHub, FakeRequest, World
+from tests.support.scheduler_world import BLOCK, PAGE, SECTIONS, FakeHub, FakeRequest, World
 
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": None}
 DECODE_LEG = {"do_remote_prefill": True, "do_remote_decode": False}
@@ -77,7 +77,7 @@ def test_other_requests_push_no_tail(world: World) -> None:
 
 
 def test_pages_that_cannot_be_filled_in_part_make_no_tail(world: World) -> None:
-    world.half.open(SPEC, PAGE, {0: 0}, tails=False)
+    world.half.open(SECTIONS, PAGE, tails=False)
     request = world.new(prefill("p", 300), usable=0)
     world.match(request)
     world.alloc(request)

@@ -16,7 +16,7 @@ from tests.support.scheduler_world import (
     BLOCK,
     ENGINE_BLOCK,
     PAGE,
-    SPEC,
+    SECTIONS,
     FakeHub,
     FakeRequest,
     World,
@@ -43,7 +43,7 @@ def test_a_load_names_the_pages_of_its_own_blocks_once(world: World) -> None:
     request = world.new(FakeRequest("a", 300), usable=2)
     meta = start_load(world, request)
     (job,) = meta.loads
-    assert (job.request, meta.spec) == ("a", SPEC)
+    assert (job.request, meta.sections) == ("a", SECTIONS)
     assert [block.hash for block in job.blocks] == request.hashes()
     assert [page for block in job.blocks for page in block.pages] == world.tables["a"][:8]
     assert world.step().loads == []
@@ -78,12 +78,12 @@ def test_the_null_block_is_never_touched(world: World) -> None:
 
 @pytest.mark.parametrize("engine_block", [64, 128, 256])
 def test_engine_blocks_of_other_sizes_are_whole_pages(engine_block: int) -> None:
-    world = World(options={"engine_block_tokens": engine_block})
+    world = World(options={"group_tokens": [engine_block]})
     request = world.new(FakeRequest("a", 512), usable=4)
     tokens, _ = world.match(request)
     assert tokens == 512
     table = [9, 4, 7, 2, 11, 5, 3, 8][: 512 // engine_block]
-    world.half.after_alloc(request, table, tokens)
+    world.half.after_alloc(request, [table], tokens)
     (job,) = world.step().loads
     per_block = engine_block // PAGE
     pages = [page for block in job.blocks for page in block.pages]
@@ -343,7 +343,7 @@ def test_after_a_reset_requests_at_hand_are_neither_saved_nor_loaded(world: Worl
     world.alloc(request)
     world.half.forget()
     assert world.match(request) == (0, False)
-    world.half.open(SPEC, PAGE, {0: 0}, tails=True)
+    world.half.open(SECTIONS, PAGE, tails=True)
     assert world.step(a=300).saves == []
 
 

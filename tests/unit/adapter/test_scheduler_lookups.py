@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ pytest.importorskip("vllm")
 from kvserver_vllm.lookups import FRESH_S
 from tests.support.scheduler_world import (
     PAGE,
-    SPEC,
+    SECTION,
+    SECTIONS,
     FakeHub,
     FakeRequest,
     World,
@@ -71,16 +73,17 @@ def test_a_hub_known_to_be_away_is_not_asked(world: World) -> None:
 
 
 def test_before_the_namespace_is_known_nothing_is_asked(world: World) -> None:
-    world.half.open(b"", PAGE, {}, tails=True)
+    world.half.open((), PAGE, tails=True)
     request = world.new(FakeRequest("a", 300))
     assert world.match(request) == (0, False)
     assert world.hub.lookups == []
 
 
 def test_ranks_are_told_the_namespace_once_before_there_is_work(world: World) -> None:
-    assert [world.step().spec for _ in range(3)] == [SPEC, b"", b""]
-    world.half.open(b"another", PAGE, {}, tails=True)
-    assert world.step().spec == b"another"
+    assert [world.step().sections for _ in range(3)] == [SECTIONS, (), ()]
+    another = (replace(SECTION, spec=b"another"),)
+    world.half.open(another, PAGE, tails=True)
+    assert world.step().sections == another
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,9 @@ def test_the_event_log_hashes_what_stands_in_the_engines_pages(
     (pushed,) = source.events("pushed")
     (pulled,) = target.events("pulled")
     assert pushed["cells"] == pulled["cells"]
-    assert len(set(pushed["cells"])) == HEADS
+    hashes = {page for layer in pushed["cells"] for cell in layer for page in cell}
+    assert len(hashes) == LAYERS * HEADS * PAGES
+    assert pushed["at"] == list(range(PAGES))
     assert pulled["bytes"] == LAYERS * HEADS * PAGES * target.pages.format.page_bytes
     assert [e["layer"] for e in source.events("save_layer")] == [0]
     assert [e["layers"] for e in source.events("commit")][-1][1] == LAYERS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
 from kvproto.grid import Region
@@ -13,7 +12,6 @@ from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
 from kvserver.core.events import BlockState
 from kvserver.core.hub import HubConfig
-from kvserver.core.reading import usable_prefix
 from tests.support.world import DISK, HOST, UNIT, World, chain, key_of, make_spec
 
 WHOLE = Region(0, 2, 0, 2)
@@ -42,20 +40,6 @@ def to_disk(world: World, keys: list[bytes]) -> None:
 
 
 # ---- lookup
-
-
-def test_usable_prefix_by_need() -> None:
-    have = np.array([True, True, False, True, True, True, False])
-    every, last, state = ev.Need("every"), ev.Need("last", 2), ev.Need("state")
-    assert usable_prefix(have, ()) == 2
-    assert usable_prefix(have, (every,)) == 2
-    assert usable_prefix(have, (last,)) == 6
-    assert usable_prefix(have, (state,)) == 6
-    assert usable_prefix(have, (ev.Need("last", 4),)) == 2
-    assert usable_prefix(have, (every, state)) == 2
-    assert usable_prefix(np.array([False, True]), (state,)) == 2
-    assert usable_prefix(np.array([False]), (state,)) == 0
-    assert usable_prefix(np.array([], dtype=bool), ()) == 0
 
 
 def test_a_need_is_judged_on_its_region_and_its_pin_holds_the_cells() -> None:

@@ -1,0 +1,94 @@
+"""Pages of one section's layers, dealt out to the engine's KV cache groups.
+
+vLLM gives layers of one kind several KV cache groups where another kind has fewer layers (Gemma-3:
+five for its windows), each with a block table of its own. To the hub they are layers of one grid:
+each is gathered by the page ids of its group, into its place among the section's layers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvproto.errors import FieldError
+from kvserver_vllm.layout import SKIP, Addresses, Bytes, HostPages, base_of, of_group
+
+
+class GroupedPages:
+    """Pages of one section's layers, which vLLM may have dealt out to several KV cache groups."""
+
+    def __init__(self, encoding: str, layers: Sequence[tuple[int, Any]], groups: int) -> None:
+        """`layers` are (KV cache group, tensor), in order; the engine has so many `groups`."""
+        self.layers = len(layers)
+        self._groups = groups
+        dealt: dict[int, list[int]] = {}
+        for at, (group, _) in enumerate(layers):
+            dealt.setdefault(group, []).append(at)
+        self._dealt = {
+            group: (places, HostPages(encoding, [layers[at][1] for at in places]))
+            for group, places in dealt.items()
+        }
+        pages = [one for _, one in self._dealt.values()]
+        first = pages[0]
+        for other in pages:
+            if _page_of(other) != _page_of(first):
+                raise FieldError(
+                    "kv_caches", _page_of(other), f"equal in all layers, {_page_of(first)}"
+                )
+        self.heads, self.format = first.heads, first.format
+        storages = {base_of(raw): raw for one in pages for raw in one.memory}
+        self.memory = list(storages.values())
+
+    def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
+        if not self.format.in_one_piece:
+            return None
+        found = np.empty((stop - layer, self.heads, self.count(page_ids)), np.uint64)
+        for pages, start, end, ids, places in self._parts(layer, stop, page_ids):
+            mine = pages.addresses(start, end, ids)
+            assert mine is not None
+            found[places] = mine
+        return found
+
+    def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
+        for pages, start, end, ids, places in self._parts(layer, stop, page_ids):
+            pages.gather(start, end, ids, out[places])
+
+    def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
+        for pages, start, end, ids, places in self._parts(layer, stop, page_ids):
+            pages.scatter(start, end, ids, cells[places])
+
+    def present(self, page_ids: Sequence[int]) -> list[int]:
+        lists = [of_group(page_ids, group, self._groups) for group in self._dealt]
+        return [at for at, ids in enumerate(zip(*lists, strict=True)) if SKIP not in ids]
+
+    def count(self, page_ids: Sequence[int]) -> int:
+        return len(page_ids) // self._groups
+
+    def _parts(
+        self, layer: int, stop: int, page_ids: Sequence[int]
+    ) -> Iterator[tuple[HostPages, int, int, Sequence[int], slice]]:
+        """(pages of a group, its layers from, to, their page ids, their places in the stretch)."""
+        for group, (places, pages) in self._dealt.items():
+            ids = of_group(page_ids, group, self._groups)
+            start, end = bisect_left(places, layer), bisect_left(places, stop)
+            while start < end:
+                run = _steady(places, start, end)
+                step = places[start + 1] - places[start] if run > start + 1 else 1
+                chosen = slice(places[start] - layer, places[run - 1] - layer + 1, step)
+                yield pages, start, run, ids, chosen
+                start = run
+
+
+def _page_of(pages: HostPages) -> tuple[int, int, int]:
+    return pages.heads, pages.format.page_tokens, pages.format.page_bytes
+
+
+def _steady(places: Sequence[int], start: int, end: int) -> int:
+    """Where the places that lie at equal distances, from `start` on, end."""
+    stop = start + 1
+    while stop < end and places[stop] - places[stop - 1] == places[start + 1] - places[start]:
+        stop += 1
+    return stop
