@@ -381,6 +381,54 @@ async def test_dropping_a_namespace_is_survived_by_its_handle(client: AsyncClien
     assert (await namespace.push(keys, blocks.payloads(keys))).written == 2
 
 
+async def test_the_old_weights_are_dropped_while_the_new_ones_are_used(
+    way: Way, hub: ServerProcess, client: AsyncClient
+) -> None:
+    """A rollout: two versions behind one model name, equal keys, other bytes."""
+    old, new = fresh(layers=16), fresh(layers=16)  # 1 MiB a block: the arena comes round
+    assert (old.spec.model, old.shape) == (new.spec.model, new.shape)
+    assert old.spec.id != new.spec.id
+    keys = old.chain(1, 8)
+    was, now = old.payloads(keys), 255 - old.payloads(keys)
+    async with way.client(hub, name="old") as engine:
+        before = await engine.open_namespace(old.spec)
+        after = await client.open_namespace(new.spec)
+        assert (await before.push(keys, was)).written == len(keys)
+        assert (await after.push(keys[:4], now[:4])).written == 4
+
+        async def use() -> None:
+            """Read and written, again and again."""
+            for at in (4, 5, 6, 7):
+                assert (await after.push(keys[at : at + 1], now[at : at + 1])).written == 1
+                out = new.out(at + 1)
+                assert (await after.pull(keys[: at + 1], out)).found.all()
+                assert np.array_equal(out, now[: at + 1])
+
+        async with before.acquire(keys[:2], lease_s=20) as stream:
+            held = [granted async for granted in stream]
+            _, dropped = await asyncio.gather(use(), client.drop_namespace(old.spec.id))
+            assert dropped.blocks == len(keys)
+            left = {one.namespace_id for one in await client.list_namespaces()}
+            assert new.spec.id in left
+            assert old.spec.id not in left
+            assert (await before.lookup(keys)).usable_blocks == 0
+            out = old.out(len(keys))
+            assert not (await before.pull(keys, out)).found.any()
+            assert (out == 0xA5).all(), "a miss writes nothing"
+            for seed in range(10, 23):  # more than the arena has room for: slots are reused
+                churn = new.chain(seed, 8)
+                assert (await after.push(churn, new.payloads(churn))).written == 8
+                assert (await after.pull(keys, new.out(8))).found.all(), "used, so it stays"
+            for granted in held:
+                cells = granted.cells.reshape(old.shape)
+                assert np.array_equal(cells, was[granted.index])
+                assert granted.verify()
+                await granted.release()
+        out = new.out(len(keys))
+        assert (await after.pull(keys, out)).found.all()
+        assert np.array_equal(out, now)
+
+
 async def test_evict_drops_the_blocks_of_one_namespace(client: AsyncClient) -> None:
     mine, other = fresh(), fresh()
     spaces = [await client.open_namespace(blocks.spec) for blocks in (mine, other)]
