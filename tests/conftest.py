@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.support.server import ServerProcess, start_server
+
+# A machine that is busy for a moment is not a defect; pytest's timeout ends what hangs.
+settings.register_profile("kvserver", deadline=None)
+settings.load_profile("kvserver")
 
 
 @pytest.fixture
