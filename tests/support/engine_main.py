@@ -115,9 +115,11 @@ class Driver:
         *,
         salt: str | None = None,
         priority: int = 0,
+        lora: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> str:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         self._count += 1
@@ -133,7 +135,8 @@ class Driver:
             whole = {"prompt_embeds": _embeds(**prompt)}
         if salt is not None:
             whole["cache_salt"] = salt
-        self._engine.add_request(name, whole, params, priority=priority)
+        adapter = LoRARequest(**lora) if lora is not None else None
+        self._engine.add_request(name, whole, params, lora_request=adapter, priority=priority)
         return name
 
     def _generate(self, command: dict[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,8 @@ class Engine:
         self, prompt: Prompt, *, tokens: int = 8, logprobs: int = 5, **sampling: object
     ) -> Generated:
         """Greedy decoding of `tokens` tokens. `transfer` are the request's kv_transfer_params,
-        `salt` and `priority` its own; what else stands in `sampling` goes to SamplingParams."""
+        `salt` and `priority` its own, `lora` the fields of its LoRARequest; what else stands in
+        `sampling` goes to SamplingParams."""
         return self.generate_many([prompt], tokens=tokens, logprobs=logprobs, **sampling)[0]
 
     def generate_many(

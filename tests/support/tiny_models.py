@@ -7,6 +7,7 @@ decoding wanders.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,33 @@ def write_model(directory: Path, shape: Shape = TINY, *, seed: int = 0) -> Path:
     model = LlamaForCausalLM(config)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def write_adapter(directory: Path, shape: Shape = TINY, *, seed: int, rank: int = 8) -> Path:
+    """Write a LoRA adapter of such a model's attention into `directory` (made if absent)."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"q_proj": shape.heads, "k_proj": shape.kv_heads, "v_proj": shape.kv_heads}
+    tensors = {}
+    for layer in range(shape.layers):
+        for module, heads in sizes.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            down = torch.randn(rank, shape.hidden, generator=generator) * 0.1
+            up = torch.randn(heads * shape.head_dim, rank, generator=generator) * 0.1
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted(sizes),
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 
 
