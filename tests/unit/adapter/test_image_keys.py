@@ -1,4 +1,4 @@
-"""Two images behind the same placeholder tokens never meet: with vLLM's own description of items.
+"""Two images behind equal image tokens never meet: with vLLM's own description of items.
 
 The negative control is a key of tokens alone, by which the second image would be served the KV of
 the first.
@@ -17,7 +17,7 @@ from kvserver_vllm.chain import Chain
 from tests.support.scheduler_world import BLOCK, FakeRequest
 
 TEXT, IMAGE, TOKENS = 150, 200, 600
-PLACEHOLDER = 7
+IMAGE_TOKEN = 7
 
 
 def request_with(image: str) -> FakeRequest:
@@ -27,7 +27,7 @@ def request_with(image: str) -> FakeRequest:
         data=None, modality="image", identifier=image, mm_position=place
     )
     request = FakeRequest(image, TOKENS, mm_features=[feature])
-    request.all_token_ids[TEXT : TEXT + IMAGE] = [PLACEHOLDER] * IMAGE
+    request.all_token_ids[TEXT : TEXT + IMAGE] = [IMAGE_TOKEN] * IMAGE
     return request
 
 
@@ -49,7 +49,7 @@ def shared(one: list[bytes], other: list[bytes]) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(one))
 
 
-def test_equal_placeholders_of_two_images_meet_before_the_image_only() -> None:
+def test_equal_tokens_of_two_images_meet_before_the_image_only() -> None:
     cat, dog = keys("cat"), keys("dog")
     assert len(cat) == TOKENS // BLOCK + 1
     assert shared(cat, keys("cat")) == len(cat)
