@@ -9,7 +9,8 @@ weights spread widely enough that greedy decoding wanders.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ SPREAD = 0.08
 
 @dataclass(frozen=True)
 class Family:
-    """`config` names a class of transformers and its arguments."""
+    """`config` names a class of transformers and its arguments; `options` go to the engine.
+
+    `windows` are those of its layers, 0: full attention. `seed` is one whose model does not repeat
+    itself.
+    """
 
     name: str
     config: str
     arguments: dict[str, Any]
+    kv_heads: int = 2
+    windows: tuple[int, ...] = (0,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    fix: Callable[[Any], None] | None = None
 
 
 _COMMON: dict[str, Any] = {
@@ -39,9 +49,52 @@ _COMMON: dict[str, Any] = {
 }
 
 
+def _spread_sinks(model: Any) -> None:
+    """Attention sinks that are not all zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.normal_(0.0, 1.0)
+
+
 FAMILIES = {
     family.name: family
     for family in (
+        Family("llama", "LlamaConfig", _COMMON),
+        Family("qwen3", "Qwen3Config", _COMMON),
+        Family(
+            "opt",
+            "OPTConfig",
+            {
+                "vocab_size": VOCAB,
+                "hidden_size": 128,
+                "ffn_dim": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "max_position_embeddings": POSITIONS,
+                "word_embed_proj_dim": 128,
+            },
+            kv_heads=4,
+            seed=1,
+        ),
+        Family(
+            "gpt2",
+            "GPT2Config",
+            {
+                "vocab_size": VOCAB,
+                "n_embd": 128,
+                "n_inner": 256,
+                "n_layer": 4,
+                "n_head": 4,
+                "n_positions": POSITIONS,
+            },
+            kv_heads=4,
+        ),
+        Family(
+            "mistral",
+            "MistralConfig",
+            {**_COMMON, "sliding_window": 64},
+            windows=(64,),
+        ),
         Family(
             "cohere2",
             "Cohere2Config",
@@ -56,6 +109,52 @@ FAMILIES = {
                 ],
                 "logit_scale": 1.0,
             },
+            windows=(0, 65),  # vLLM adds one
+        ),
+        Family(
+            "gptoss",
+            "GptOssConfig",
+            {
+                **_COMMON,
+                "sliding_window": 64,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            windows=(0, 64),
+            fix=_spread_sinks,
+        ),
+        Family(
+            "gemma3",
+            "Gemma3TextConfig",
+            {
+                **_COMMON,
+                "num_hidden_layers": 6,
+                "sliding_window": 64,
+                "query_pre_attn_scalar": 32,
+                "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+            },
+            windows=(0, 64),
+        ),
+        Family(
+            "deepseek2",
+            "DeepseekV2Config",
+            {
+                **{k: v for k, v in _COMMON.items() if k != "head_dim"},
+                "num_key_value_heads": 4,
+                "kv_lora_rank": 512,
+                "q_lora_rank": None,
+                "qk_rope_head_dim": 64,
+                "qk_nope_head_dim": 32,
+                "v_head_dim": 32,
+                "first_k_dense_replace": 4,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+            },
+            kv_heads=1,
+            options={"block_size": 16},
+            seed=2,
         ),
     )
 }
@@ -67,7 +166,7 @@ def ids(seed: int, tokens: int) -> list[int]:
     return [source.randrange(2, VOCAB) for _ in range(tokens)]
 
 
-def write_family(directory: Path, name: str, *, dtype: str = "float32", seed: int = 0) -> Path:
+def write_family(directory: Path, name: str, *, dtype: str = "float32") -> Path:
     """Write the family's model into `directory` (made if absent) and return it."""
     import torch
     import transformers
@@ -78,8 +177,10 @@ def write_family(directory: Path, name: str, *, dtype: str = "float32", seed: in
     )  # fmt: skip
     config.tie_word_embeddings = False
     config.initializer_range = SPREAD
-    torch.manual_seed(seed)
+    torch.manual_seed(family.seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if family.fix is not None:
+        family.fix(model)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, safe_serialization=True)
     return directory

@@ -21,6 +21,7 @@ from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.fingerprint import changed_since, checkpoint_files, fingerprint, join
 from kvserver_vllm.layout import (
     CPU_ENCODING,
+    LATENT_ENCODING,
     TOKEN_ENCODING,
     LayerTensor,
     PageFormat,
@@ -32,9 +33,11 @@ VERSION_MIN = (0, 31)
 VERSION_MAX = (0, 33)
 # Attention backends whose content is K||V per token and head.
 _TOKEN_BACKENDS = frozenset({"FLASH_ATTN"})
+# Those of multi-head latent attention whose content is one latent a token.
+_LATENT_BACKENDS = frozenset({"CPU_MLA"})
 # Instruction sets of CPU attention that store K as [D, N] and V as [N, D].
 _TRANSPOSED_ISAS = frozenset({"vec", "vec16"})
-_SPEC_KINDS = ("FullAttentionSpec", "SlidingWindowSpec")
+_SPEC_KINDS = ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec")
 
 
 def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
@@ -122,6 +125,8 @@ def encoding_of(config: Any, names: Sequence[str], layer: LayerTensor) -> str:
         return _cpu_encoding({getattr(attention, "isa", "?") for attention in layers.values()})
     if backend in _TOKEN_BACKENDS and layer.tokens % 16 == 0:
         return TOKEN_ENCODING
+    if backend in _LATENT_BACKENDS and layer.tokens % 16 == 0:
+        return LATENT_ENCODING
     return f"{backend.lower()}/1"
 
 
@@ -182,8 +187,9 @@ def replicas(config: Any) -> int:
 
 
 def kv_heads(config: Any) -> int:
-    """KV heads of the whole model."""
-    return int(config.model_config.get_total_num_kv_heads())
+    """KV heads of the whole model. Latent attention has one, the same on every rank."""
+    model = config.model_config
+    return 1 if model.use_mla else int(model.get_total_num_kv_heads())
 
 
 def layer_starts(ranks: Mapping[tuple[int, int], RankInfo]) -> tuple[dict[int, int], int]:

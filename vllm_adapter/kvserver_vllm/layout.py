@@ -8,6 +8,8 @@ Encodings:
   * `cpu-attn-kt/1`  CPU attention: K as [D, N], then V as [N, D], per (block, head). A page is
     K as [D, 32], then V as [32, D], whatever the engine's N: the copy converts.
   * `flash-kv/1`     K||V per token and head, one row a token. Pages of 16 tokens.
+  * `mla-rows/1`     multi-head latent attention: one latent a token, the same for all heads. Pages
+    of 16 tokens.
   * anything else    the bytes of a whole engine block, opaque. `page_tokens` is then the engine's
     block size, and since it belongs to the namespace, other block sizes never meet it.
 
@@ -32,6 +34,7 @@ Addresses = npt.NDArray[np.uint64]
 
 CPU_ENCODING = "cpu-attn-kt/1"
 TOKEN_ENCODING = "flash-kv/1"
+LATENT_ENCODING = "mla-rows/1"
 CPU_PAGE_TOKENS = 32
 TOKEN_PAGE_TOKENS = 16
 SKIP = -1
@@ -148,7 +151,7 @@ class PageFormat:
             raise FieldError("kv_cache.stride", layer.content_stride, "dense along the content")
         if encoding == CPU_ENCODING:
             return cls._cpu(layer)
-        if encoding == TOKEN_ENCODING:
+        if encoding in (TOKEN_ENCODING, LATENT_ENCODING):
             return cls._rows(encoding, layer, TOKEN_PAGE_TOKENS)
         return cls._rows(encoding, layer, layer.tokens)
 
@@ -197,7 +200,7 @@ class PageFormat:
 
 def has_tails(encoding: str) -> bool:
     """Whether a page of this encoding can be filled in part: the rest of it can be zeroed."""
-    return encoding in (CPU_ENCODING, TOKEN_ENCODING)
+    return encoding in (CPU_ENCODING, TOKEN_ENCODING, LATENT_ENCODING)
 
 
 def _require_whole_pages(tokens: int, page: int) -> None:

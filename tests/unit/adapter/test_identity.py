@@ -53,9 +53,9 @@ def engine(model: Path, /, **changes: Any) -> Any:
     return config
 
 
-def split(heads: int, ranks: int) -> SimpleNamespace:
+def split(heads: int, ranks: int, *, mla: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads, use_mla=mla),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
 
@@ -139,6 +139,12 @@ def test_ranks_are_head_regions_and_replicas_share_one(
     config = split(heads, size)
     assert [head_range(config, rank) for rank in range(size)] == want
     assert replicas(config) == max(1, size // heads)
+
+
+def test_a_latent_is_one_head_that_all_ranks_replicate() -> None:
+    config = split(16, 4, mla=True)
+    assert [head_range(config, rank) for rank in range(4)] == [(0, 1)] * 4
+    assert replicas(config) == 4
 
 
 def test_pipeline_stages_are_layer_ranges() -> None:

@@ -10,6 +10,7 @@ import pytest
 from kvproto.errors import FieldError
 from kvserver_vllm.layout import (
     CPU_ENCODING,
+    LATENT_ENCODING,
     SKIP,
     TOKEN_ENCODING,
     HostPages,
@@ -73,7 +74,7 @@ def test_token_pages_hold_the_tokens_in_order(order: str, offset: int, pad: int)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("encoding", [TOKEN_ENCODING, "other/1"])
+@pytest.mark.parametrize("encoding", [TOKEN_ENCODING, LATENT_ENCODING, "other/1"])
 def test_scatter_undoes_gather(order: str, encoding: str) -> None:
     source, target = kv_tensors(order, 64), kv_tensors(order, 64, offset=8)
     fill(source)
@@ -241,7 +242,9 @@ def test_unknown_encodings_take_whole_engine_blocks() -> None:
     assert form.page_bytes == 32 * CONTENT * 4
 
 
-@pytest.mark.parametrize(("encoding", "page"), [(CPU_ENCODING, 32), (TOKEN_ENCODING, 16)])
+@pytest.mark.parametrize(
+    ("encoding", "page"), [(CPU_ENCODING, 32), (TOKEN_ENCODING, 16), (LATENT_ENCODING, 16)]
+)
 @pytest.mark.parametrize("used", [1, 13, 15])
 def test_what_a_tail_page_holds_behind_its_tokens_is_zeroed(
     encoding: str, page: int, used: int
