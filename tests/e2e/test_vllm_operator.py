@@ -20,6 +20,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 BLOCK, TOKENS = 128, 8
 PROMPT = prompt(41, 640)
 PREFIX = "vllm:kvserver_"
+SOURCES = (
+    "prompt_tokens_by_source.local_compute",
+    "prompt_tokens_by_source.local_cache_hit",
+    "prompt_tokens_by_source.external_kv_transfer",
+    "external_prefix_cache_queries",
+    "external_prefix_cache_hits",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,19 @@ def figures(engine: Engine) -> dict[str, float]:
     }
 
 
+def sources(engine: Engine) -> dict[str, float]:
+    """vLLM's own, of where prompts' tokens came from."""
+    engine.idle(0.05)
+    values = engine.metrics()
+    return {name: values.get(f"vllm:{name}", 0) for name in SOURCES}
+
+
+def wait_saved(engine: Engine, before: float, blocks: int) -> None:
+    """Until the connector has pushed so many blocks more than `before` bytes."""
+    wanted = before + blocks * BLOCK * TINY.kv_bytes_per_token
+    wait_for("the push in the metrics", lambda: figures(engine)["pushed_bytes"] >= wanted)
+
+
 def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) -> None:
     blocks = len(PROMPT) // BLOCK
     engine.generate(PROMPT, tokens=TOKENS)
@@ -75,13 +95,40 @@ def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) 
     assert pulled["loads_failed"] == pulled["hit_tokens.disk"] == 0
 
 
-def test_the_role_changes_with_requests_in_flight(
-    engine: Engine, server: ServerProcess, log: Path
-) -> None:
+def test_vllms_own_metrics_tell_loaded_tokens_from_computed_ones(engine: Engine) -> None:
+    """A prompt three times: computed, loaded from the hub, and found where it already lies."""
+    tokens = prompt(44, 600)
+    saved = figures(engine)["pushed_bytes"]
+    first = sources(engine)
+    engine.generate(tokens, tokens=TOKENS)
+    computed = sources(engine)
+    assert changed(first, computed, *SOURCES) == [len(tokens), 0, 0, len(tokens), 0]
+    wait_saved(engine, saved, len(tokens) // BLOCK)
+    engine.reset_prefix_cache()
+
+    before = figures(engine)
+    answer = engine.generate(tokens, tokens=TOKENS)
+    loaded = sources(engine)
+    external = len(tokens) // BLOCK * BLOCK
+    rest = len(tokens) - external
+    assert answer.cached == external
+    assert changed(before, figures(engine), "hit_tokens.host") == [external]
+    assert changed(computed, loaded, *SOURCES) == [rest, 0, external, len(tokens), external]
+
+    again = engine.generate(tokens, tokens=TOKENS)
+    here = sources(engine)
+    local, rest = again.cached, len(tokens) - again.cached
+    assert local >= external
+    # What the hub could add is less than a hub block: nothing external is taken.
+    assert changed(loaded, here, *SOURCES) == [rest, local, 0, rest, 0]
+
+
+def test_the_role_changes_with_requests_in_flight(engine: Engine, server: ServerProcess) -> None:
     """Stopped: no pushes, no pulls. Started again: both. What runs meanwhile ends as it would."""
     running, other = prompt(42, 640), prompt(43, 400)
+    saved = figures(engine)["pushed_bytes"]
     reference = engine.generate(running, tokens=TOKENS)
-    wait_pushed(log, len(PROMPT) // BLOCK + len(running) // BLOCK)
+    wait_saved(engine, saved, len(running) // BLOCK)
     engine.reset_prefix_cache()
 
     def switch(**halves: bool) -> Role:
