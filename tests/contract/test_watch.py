@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -282,10 +283,23 @@ def test_the_command_tells_a_line_a_block(
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def interruptible(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that SIGINT ends, also where this one ignores it (a job in the background)."""
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=default
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_the_command_goes_on_beyond_a_sessions_life_until_it_is_interrupted(serve: Serve) -> None:
     server = serve(session_ttl_ms=600, heartbeat_ms=200)
     command = [sys.executable, "-m", "kvserver", "watch", "--address", server.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with interruptible(command) as process:
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
         assert lines == ["reset", "synced"]
