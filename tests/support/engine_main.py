@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -58,6 +59,8 @@ def own_process(environment: dict[str, str], streams: Streams) -> None:
     os.environ.update(environment)
     tempfile.tempdir = None  # it was worked out for the environment of before
     streams.take()
+    # What a killed engine leaves is its own tracker's to clear away, not the fork server's.
+    resource_tracker._resource_tracker._fd = None
 
 
 def serve(settings: dict[str, Any]) -> None:
