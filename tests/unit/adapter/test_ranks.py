@@ -92,7 +92,7 @@ def engine(split: Split, whole: Whole, encoding: str) -> list[RankOf]:
     """The ranks of an engine that holds `whole`, cut as vLLM cuts it."""
     heads = whole.shape[1]
     config = SimpleNamespace(
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads, use_mla=False),
         parallel_config=SimpleNamespace(tensor_parallel_size=split.tp),
     )
     each, depth = max(1, heads // split.tp), LAYERS // split.pp
