@@ -3,8 +3,11 @@
 Theory of operation. A class that must evict compares its own coldest block with those of the other
 classes. Where another class keeps colder ones it takes a run of that class's slabs instead, if
 at most a quarter of what stands there was used later than its own victim: so classes of equal worth
-leave each other alone, and bytes follow the load. A class that has nothing to evict takes the
-cheapest run there is; one whose slots are in use is closed, and comes when they are released.
+leave each other alone, and bytes follow the load. After a search in vain the class evicts its own
+for a while before it searches again, unless it has come to blocks that were used since: then all
+that the search passed by for being warm is colder than what would go. A class that has nothing to
+evict takes the cheapest run there is; one whose slots are in use is closed, and comes when they
+are released.
 
 Whoever waits for a slot stands in one queue per class, first come, first served; nobody passes
 by it. A waiter takes one slot at a time and goes back to the end of the queue for the next.
@@ -46,7 +49,7 @@ class Space:
         self._books = books
         self._waiting: dict[int, dict[int, Waiter]] = {}  # class -> ticket -> waiter
         self._where: dict[int, int] = {}  # ticket -> class
-        self._pause: dict[tuple[Tier, int], int] = {}
+        self._pause: dict[tuple[Tier, int], tuple[int, int]] = {}  # evictions left; searched when
         self._searched: dict[tuple[Tier, int], int] = {}  # `openings` at the last search in vain
         self._claims: dict[tuple[Tier, int], list[Slab]] = {}  # slabs being emptied for a class
 
@@ -77,9 +80,9 @@ class Space:
         return slot
 
     def _find_colder(self, tier: Tier, slot_bytes: int, coldness: int) -> bool:
-        pause = self._pause.get((tier, slot_bytes), 0)
-        if pause:
-            self._pause[tier, slot_bytes] = pause - 1
+        left, searched = self._pause.get((tier, slot_bytes), (0, 0))
+        if left and coldness <= searched:
+            self._pause[tier, slot_bytes] = left - 1, searched
             return False
         policy = self._books.policy[tier]
         for other in policy.classes():
@@ -90,7 +93,7 @@ class Space:
                 if self._take_slabs(tier, slot_bytes, coldness, patient=False):
                     return True
                 break
-        self._pause[tier, slot_bytes] = _SEARCH_PAUSE
+        self._pause[tier, slot_bytes] = _SEARCH_PAUSE, self._books.stamp
         return False
 
     def _take_slabs(

@@ -196,6 +196,25 @@ def test_bytes_follow_the_load_to_the_class_that_is_used() -> None:
     world.hub.validate()
 
 
+def test_what_is_in_use_stays_while_another_class_keeps_colder_blocks() -> None:
+    """Also right after a search for colder blocks that was in vain."""
+    world = World(HubConfig(host_bytes=256 * UNIT))
+    world.session()
+    small, used = world.namespace(1, make_spec("s")), world.namespace(1, make_spec(slot_units=4))
+    for i in range(40):
+        world.put(used, chain(f"u{i}", 1))
+    for i in range(120):
+        world.put(small, chain(f"s{i}", 1))  # the tier is full, `used` has the colder blocks
+    for i in range(8):
+        world.put(used, chain(f"v{i}", 1))  # nothing colder elsewhere: it evicts its own
+    keys = chain("kept", 32)
+    world.put(used, keys)
+    for i in range(16):
+        assert world.lookup(used, keys).usable_blocks == 32, i
+        world.put(used, chain(f"w{i}", 1))
+    world.hub.validate()
+
+
 @settings(max_examples=3, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_classes_of_equal_worth_leave_each_other_alone(seed: int) -> None:
