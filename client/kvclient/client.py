@@ -12,14 +12,11 @@ Rules:
  1. Nothing is opened before the first use: a Client may be built before a fork, and used after.
  2. A Client that was opened belongs to its process. In a forked child its calls raise Unsupported
     before they touch gRPC, and so does opening another one there (`kvclient.forks`).
- 3. No call outlives its deadline by more than GRACE_S, even if the loop's thread is starved.
+ 3. No call outlives its deadline by more than `runner.GRACE_S`, even if the loop's thread starves.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -29,11 +26,12 @@ from typing import Any, Self, TypeVar
 from kvclient.aio import AsyncClient
 from kvclient.checks import Arrays
 from kvclient.copying import THREADS
-from kvclient.errors import Unavailable, Unsupported, late
+from kvclient.errors import Unavailable, Unsupported
 from kvclient.handles import SyncReadStream, SyncReservation, SyncWatch
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
-from kvclient.results import Limits, Lookup, Need, PullResult, PushResult
+from kvclient.results import Limits, Lookup, Need, PullResult, PushResult, Role
+from kvclient.runner import Runner
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES
@@ -41,51 +39,7 @@ from kvproto.grid import Grid, Region
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2 as pb
 
-GRACE_S = 2.0
 Result = TypeVar("Result")
-
-
-class _Runner:
-    """The loop's thread, and how other threads post to it."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="kvclient-loop", daemon=True)
-        self._thread.start()
-
-    def _main(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        self._loop.close()
-
-    def check(self) -> None:
-        if os.getpid() != self._pid:
-            raise Unsupported(
-                f"this client of {self._address} was opened in process {self._pid}: "
-                "nothing of it works after the fork"
-            )
-
-    def run(self, work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
-        """Run `work` on the loop; it keeps its own deadline of `seconds`."""
-        if os.getpid() != self._pid or self._loop.is_closed():
-            work.close()
-            self.check()
-            raise Unavailable(f"{what} at {self._address}: the client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(seconds + GRACE_S)
-        except concurrent.futures.CancelledError:
-            raise Unavailable(f"{what} at {self._address}: the client was closed") from None
-        except TimeoutError:
-            raise late(what, self._address, seconds) from None
-        finally:
-            future.cancel()  # ends it where the wait was interrupted; else does nothing
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(GRACE_S)
 
 
 class Client:
@@ -127,7 +81,7 @@ class Client:
         ).check()
         self._copy_threads = copy_threads
         self._lock = threading.Lock()
-        self._runner: _Runner | None = None
+        self._runner: Runner | None = None
         self._aio: AsyncClient | None = None
         self._closed = False
 
@@ -178,7 +132,7 @@ class Client:
             if self._runner is not None:
                 self._runner.check()
                 return self
-            runner = _Runner(self.address)
+            runner = Runner(self.address)
             try:
                 self._aio = runner.run(self._connect(), self._options.deadline_s, "connect")
             except BaseException:
@@ -289,6 +243,22 @@ class Client:
 
     def watch(self) -> SyncWatch:
         return SyncWatch(self, self.aio.watch())
+
+    def set_role(
+        self,
+        engine: str,
+        *,
+        produces: bool | None = None,
+        consumes: bool | None = None,
+        deadline_s: float | None = None,
+    ) -> Role:
+        client = self.aio
+        return self.run(
+            lambda: client.set_role(
+                engine, produces=produces, consumes=consumes, deadline_s=deadline_s
+            ),
+            *(deadline_s, 0.0, "set_role"),
+        )
 
     def evict(
         self,

@@ -12,6 +12,7 @@ import pytest
 
 from kvclient import (
     AsyncClient,
+    Client,
     Conflict,
     InvalidArgument,
     NotFound,
@@ -61,6 +62,19 @@ async def until_known(operator: AsyncClient, *names: str) -> None:
 async def operator(server: ServerProcess) -> AsyncIterator[AsyncClient]:
     async with AsyncClient.connect(server.address, name="operator", deadline_s=5) as client:
         yield client
+
+
+async def test_threads_can_give_orders_too(server: ServerProcess, operator: AsyncClient) -> None:
+    async with AsyncClient.connect(server.address, name="vllm-t") as client:
+        engine = Engine(client, BOTH)
+        await until_known(operator, "vllm-t")
+
+        def give() -> Role:
+            with Client.connect(server.address, name="a thread") as blocking:
+                return blocking.set_role("vllm-t", produces=False, deadline_s=5)
+
+        assert await asyncio.to_thread(give) == CONSUMER
+        assert engine.heard == [CONSUMER]
 
 
 async def test_an_engine_obeys_within_a_second_and_stats_say_so(

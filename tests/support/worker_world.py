@@ -179,6 +179,7 @@ class FakeLink:
     keys_max = 3
     window_bytes_max = 1 << 30
     wait_s_max = 60.0
+    staging_bytes = 0
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()

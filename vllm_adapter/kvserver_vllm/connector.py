@@ -351,7 +351,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
         sources = {2: CacheHitSource.HOST, 3: CacheHitSource.DISK}
         counts: dict[Any, int] = {}
-        for tier, tokens in self._scheduling().tiers_of(request, num_external_tokens).items():
+        for tier, tokens in self._scheduling().tiers_of(request).items():
             source = sources.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
             counts[source] = counts.get(source, 0) + tokens
         return counts

@@ -19,10 +19,7 @@ from dataclasses import dataclass, field
 
 from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.loads import Loads
-from kvserver_vllm.messages import FetchJob, FetchProgress
-
-STALL_S = 1.0
-"""Without progress for this long, a writer counts as gone."""
+from kvserver_vllm.messages import STALL_S, FetchJob, FetchProgress
 
 
 @dataclass(slots=True)

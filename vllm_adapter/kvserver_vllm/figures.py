@@ -43,11 +43,14 @@ METRICS: dict[str, Metric] = {
     "lookups": Metric(Counter, "Lookups that the hub was asked for."),
     "lookups_late": Metric(Counter, "Lookups without an answer within lookup_ms: taken as misses."),
     "lookups_failed": Metric(Counter, "Lookups that the hub could not answer."),
+    "hits_declined": Metric(Counter, "Hits that were expected not to pay, and were computed."),
     "hit_tokens": Metric(
-        Counter, "Tokens given to loads, by the hub's tier.", "tier", ("device", "host", "disk")
+        Counter, "Tokens that loads brought, by the hub's tier.", "tier", ("device", "host", "disk")
     ),
     "loads": Metric(Counter, "Loads of a request's prefix that were begun."),
     "loads_failed": Metric(Counter, "Loads that came short: the rest was recomputed."),
+    "fetches": Metric(Counter, "Fetches for requests without blocks of the engine, begun."),
+    "fetches_refused": Metric(Counter, "Fetches that a rank had no room for, or cannot stage."),
     "pulled_bytes": Metric(Counter, "Bytes copied from the hub into the engine, all ranks."),
     "pushed_bytes": Metric(Counter, "Bytes committed to the hub, all ranks."),
     "saves": Metric(Counter, "Pushes that were begun, a job of a rank each."),
@@ -62,6 +65,7 @@ METRICS: dict[str, Metric] = {
     "push_seconds": Metric(Histogram, "Time of a rank's push, from its step to its last commit."),
     "hub_connected": Metric(Gauge, "1 while the hub answers."),
     "staging_bytes": Metric(Gauge, "Staging memory of the transport in use, all ranks."),
+    "fetched_bytes": Metric(Gauge, "Blocks that fetches hold or have room for, all ranks."),
     "pushes_queued": Metric(Gauge, "Pushes under way, all ranks."),
 }
 

@@ -4,7 +4,9 @@ Rules:
   1. Loads are asynchronous only, one per request, and bounded in the engine blocks they hold. One
      that would take much of what is free is fetched first (fetches.py).
   2. One pull per prefix: an equal prompt waits for the first one's blocks where vLLM caches them.
-  3. A failed load is remembered, for the request and, for a moment, for the keys.
+  3. A load in which nothing arrives for a second (or, if that is longer, a tenth of its deadline)
+     is over: it holds blocks of the engine, and a hub that hangs shall not.
+  4. A failed load is remembered, for the request and, for a moment, for the keys.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.layout import SKIP, of_group
-from kvserver_vllm.messages import LoadJob, StepMeta
+from kvserver_vllm.messages import STALL_S, LoadJob, StepMeta
 
 FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
@@ -23,6 +25,8 @@ TIERS = {1: "device", 2: "host", 3: "disk"}
 HOST_TIER = 2
 DIRECT_SHARE = 4
 """A load that needs more than 1/4 of the free blocks is fetched first, without holding any."""
+STALL_SHARE = 10
+"""1/10 of `load_deadline_ms`, and at least STALL_S: as long as a load goes on without progress."""
 LOADING_SHARE = 2
 """Of the pool's blocks, 1/2 may wait for loads; the next load waits its turn."""
 
@@ -35,8 +39,19 @@ class Load:
     start: int
     engine_blocks: int
     tokens: int
+    tiers: Sequence[tuple[int, int]]
+    """Of each block, the hub's tier and the tokens that it brings."""
     ordered_at: float
     failed: int | None = None
+    aborted: bool = False
+
+    def counts(self, blocks: int | None = None) -> dict[int, int]:
+        """{tier: tokens} of the first so many blocks."""
+        counts: dict[int, int] = {}
+        for tier, tokens in self.tiers[:blocks]:
+            if tokens:
+                counts[tier] = counts.get(tier, 0) + tokens
+        return counts
 
 
 class Loads:
@@ -120,16 +135,15 @@ class Loads:
         )
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
-        deadline = max(0.0, common.settings.load_deadline_ms / 1e3 - waited)
-        job = LoadJob(request, blocks, deadline, fetched)
+        longest = common.settings.load_deadline_ms / 1e3
+        stall = max(STALL_S, longest / STALL_SHARE)
+        job = LoadJob(request, blocks, max(0.0, longest - waited), fetched, stall)
         needed = common.engine_blocks_of(tokens)
-        self._active[request] = Load(job, first, needed, tokens, now)
+        tiers = self._tiers(tracked, job, first, tokens)
+        self._active[request] = Load(job, first, needed, tokens, tiers, now)
         self.claim(request, (block.hash for block in blocks))
         self._outgoing.append(job)
         common.count("loads")
-        for tier, known in self.tiers_of(tracked, tokens).items():
-            if tier in TIERS:
-                common.count(f"hit_tokens.{TIERS[tier]}", known)
 
     def take_orders(self, meta: StepMeta) -> None:
         """Tell the ranks of loads, aborts and voids that they have not heard of."""
@@ -152,6 +166,7 @@ class Loads:
         if load is None:
             return
         self.unclaim(request)
+        self._count(load)
         if load.failed is None:
             if not load.job.fetched:
                 common = self._common
@@ -170,27 +185,41 @@ class Loads:
 
     def abort(self, request: str) -> None:
         """The request is over; its load, if any, is reported all the same."""
-        if request in self._active:
+        load = self._active.get(request)
+        if load is not None:
+            load.aborted = True
             self._aborts.append(request)
 
-    def tiers_of(self, tracked: Tracked, tokens: int) -> dict[int, int]:
+    def _count(self, load: Load) -> None:
+        """What it brought: nothing to a request that is over, and where vLLM has several KV cache
+        groups, nothing if any of it failed."""
+        came = load.failed
+        if load.aborted or (came is not None and len(self._common.group_tokens) > 1):
+            came = 0
+        for tier, tokens in load.counts(came).items():
+            if tier in TIERS:
+                self._common.count(f"hit_tokens.{TIERS[tier]}", tokens)
+
+    def tiers_of(self, request: str) -> dict[int, int]:
         """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
-        load = self._active.get(tracked.request.request_id)
-        if load is None or tracked.answer is None:
-            return {}
-        counts: dict[int, int] = {}
-        left = tokens
-        for position, block in enumerate(load.job.blocks):
-            index = load.start + position
-            known = tracked.answer.tiers
+        load = self._active.get(request)
+        return load.counts() if load is not None else {}
+
+    def _tiers(
+        self, tracked: Tracked, job: LoadJob, first: int, tokens: int
+    ) -> list[tuple[int, int]]:
+        """Of each block of a load, whose first hub block is `first`, the tier and the tokens."""
+        known = tracked.answer.tiers if tracked.answer is not None else ()
+        found, left = [], tokens
+        for index, block in enumerate(job.blocks, first):
             tier = known[index] if index < len(known) else 0
-            if not tier and load.job.fetched:
+            if not tier and job.fetched:
                 tier = HOST_TIER  # what is being written stands in the hub's memory
             pages = self._first_section(block.pages)
             here = min(left, self._common.page_tokens * sum(p != SKIP for p in pages))
-            counts[tier] = counts.get(tier, 0) + here
+            found.append((tier, here))
             left -= here
-        return {tier: count for tier, count in counts.items() if count}
+        return found
 
     def _first_section(self, pages: Sequence[int]) -> Sequence[int]:
         """Those of the section that the answer's tiers are about, in one of its groups."""

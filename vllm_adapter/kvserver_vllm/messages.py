@@ -17,6 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+STALL_S = 1.0
+"""Without progress for this long, a writer or the hub counts as gone."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
@@ -130,6 +133,8 @@ class LoadJob:
     """Seconds from the start of the load."""
     fetched: bool = False
     """Take them from the request's FetchJob."""
+    stall_s: float = STALL_S
+    """Seconds without progress after which it ends too."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 from kvserver_vllm.common import Answer, Common, Tracked
-from kvserver_vllm.fetches import STALL_S
+from kvserver_vllm.messages import STALL_S
 from kvserver_vllm.saves import Saves
 
 OWN_SHARE = 1.5

@@ -1,8 +1,11 @@
 """Pulls: hub blocks copied into pages of the engine, on the link's thread.
 
-Rule: every load is reported once, with the blocks that did not arrive, and once it was reported no
-copy of it is left. That is by its deadline; with `direct` it is when the hub is known to write no
-more (`kvserver_vllm.direct`).
+Rules:
+  1. Every load is reported once, with the blocks that did not arrive, and once it was reported no
+     copy of it is left. That is by its deadline; with `direct` it is when the hub is known to write
+     no more (`kvserver_vllm.direct`).
+  2. It ends before its deadline when nothing has arrived for `stall_s`. What goes straight is moved
+     by calls that are long and tell nothing meanwhile: such a call may take the whole time.
 """
 
 from __future__ import annotations
@@ -27,12 +30,35 @@ DIRECT_BYTES = 256 << 20
 """Pulled by one call that is not staged: what one failure costs."""
 
 
+class Watch:
+    """When a load is over (rule 2). Made, and told, within its task."""
+
+    def __init__(self, job: LoadJob) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._end = self._clock() + job.deadline_s
+        self._stall_s = job.stall_s
+        self.timeout = asyncio.timeout_at(self._next())
+
+    def _next(self) -> float:
+        return min(self._end, self._clock() + self._stall_s)
+
+    def arrived(self) -> None:
+        """Something has."""
+        if not self.timeout.expired():
+            self.timeout.reschedule(self._next())
+
+    def long_call(self) -> None:
+        """Nothing will be heard until it is over."""
+        self.timeout.reschedule(self._end)
+
+
 class Part:
     """What one section of this rank pulls of a load: blocks of which its layers have pages."""
 
-    def __init__(self, meta: StepMeta, job: LoadJob, direct: Direct) -> None:
+    def __init__(self, meta: StepMeta, job: LoadJob, direct: Direct, watch: Watch) -> None:
         self.meta = meta
         self.job = job
+        self.watch = watch
         self.direct = direct
         self.section = direct.section
         present = self.section.pages.present
@@ -71,13 +97,14 @@ class Pulls:
         task = asyncio.current_task()
         assert task is not None
         self._loads[job.request] = task
-        parts = [Part(meta, job, direct) for direct in self._direct]
+        watch = Watch(job)
+        parts = [Part(meta, job, direct, watch) for direct in self._direct]
         aborted = False
         started = time.monotonic()
         try:
-            async with asyncio.timeout(job.deadline_s):
+            async with watch.timeout:
                 if job.fetched:
-                    await self.stagings.land(meta, job, parts[0].missing)
+                    await self.stagings.land(meta, job, parts[0].missing, watch.arrived)
                 else:
                     for part in parts:
                         await self._pull(part)
@@ -113,6 +140,7 @@ class Pulls:
             )
             async with stream:
                 async for granted in stream:
+                    part.watch.arrived()
                     index = chosen[granted.index]
                     if self._take(part, index, stream.region, granted):
                         part.missing.discard(index)
@@ -133,6 +161,7 @@ class Pulls:
         straight = list(places)
         for start in range(0, len(straight), step):
             chosen = straight[start : start + step]
+            part.watch.long_call()
             result = await namespace.pull(
                 [blocks[index].hash for index in chosen],
                 [places[index] for index in chosen],
@@ -140,6 +169,7 @@ class Pulls:
                 window_bytes=min(rank.settings.window_bytes, rank.link.window_bytes_max),
                 deadline_s=max(part.job.deadline_s, 0.001),
             )
+            part.watch.arrived()
             for at in np.flatnonzero(result.found).tolist():
                 index = chosen[at]
                 part.missing.discard(index)

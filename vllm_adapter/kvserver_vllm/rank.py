@@ -83,11 +83,13 @@ class Rank:
     outbox: Outbox = field(default_factory=Outbox)
     counters: dict[str, int] = field(default_factory=dict)
     queued: int = 0  # pushes under way
+    fetched_bytes: int = 0  # what fetches count for (staging.py)
 
     def __post_init__(self) -> None:
         gauges = {
             "staging_bytes": lambda: self.link.staging_bytes,
             "pushes_queued": lambda: self.queued,
+            "fetched_bytes": lambda: self.fetched_bytes,
         }
         who = f"{self.stage}.{self.sections[0].head_start}"
         self.figures = Recorder(who, self.counters, gauges)

@@ -125,10 +125,9 @@ class SchedulerHalf:
         else:
             self._saves.announce(tracked)
 
-    def tiers_of(self, request: Any, tokens: int) -> dict[int, int]:
+    def tiers_of(self, request: Any) -> dict[int, int]:
         """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
-        tracked = self._requests.get(request.request_id)
-        return self._loads.tiers_of(tracked, tokens) if tracked is not None else {}
+        return self._loads.tiers_of(request.request_id)
 
     def finished(self, request: Any, *, whole: bool) -> dict[str, Any] | None:
         """vLLM's request_finished, for whatever reason; `whole` unless it was aborted. Returns the

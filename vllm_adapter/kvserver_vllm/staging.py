@@ -162,7 +162,6 @@ class Stagings:
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self._active: dict[str, tuple[Staging, asyncio.Task[None]]] = {}
-        self._bytes = 0
 
     def fetch(self, meta: StepMeta, job: FetchJob) -> None:
         """Begin to get hold of a request's blocks, if there is room for them."""
@@ -171,12 +170,12 @@ class Stagings:
         count = sum(-(-tokens // page) for tokens in job.tokens)
         size = count * pages.layers * pages.heads * pages.format.page_bytes
         windows = rank.link.window_bytes_max * min(GROUPS_MAX, pages.layers)
-        crowded = self._bytes + size > rank.settings.staging_bytes or size > windows
+        crowded = rank.fetched_bytes + size > rank.settings.staging_bytes or size > windows
         if crowded or any(section.window for section in meta.sections):
             rank.count("fetches_refused")
             self._tell(job.request, FetchProgress(ended=True, refused=True))
             return
-        self._bytes += size
+        rank.fetched_bytes += size
         staging = Staging(rank, job, size, lambda: self._tell(job.request, staging.progress))
         self._active[job.request] = (staging, rank.link.spawn(staging.run(meta)))
 
@@ -195,16 +194,19 @@ class Stagings:
         with suppress(asyncio.CancelledError):
             await task
         await staging.close()
-        self._bytes -= staging.size
+        self._rank.fetched_bytes -= staging.size
 
-    async def land(self, meta: StepMeta, job: LoadJob, missing: set[int]) -> None:
+    async def land(
+        self, meta: StepMeta, job: LoadJob, missing: set[int], arrived: Callable[[], None]
+    ) -> None:
         """Copy a fetch's blocks into the engine's pages as they come, and take what arrived out of
-        `missing`; the first that does not come ends it."""
+        `missing`; the first that does not come ends it. `arrived` is called with each."""
         active, section = self._active.get(job.request), self._rank.sections[0]
         for index, block in enumerate(job.blocks):
             parts = await active[0].take(block.hash) if active is not None else None
             if parts is None:
                 return
+            arrived()
             good, moved, tier = True, 0, 0
             for start, stop, granted in parts:
                 cells = granted.cells

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 
+import kvserver_vllm
 from kvserver_vllm.figures import METRICS, PREFIX, SAMPLES_MAX, Figures, Recorder
 
 TRANSFER = SimpleNamespace(
@@ -28,6 +31,19 @@ def taken(one: Recorder) -> Figures:
     figures = one.take()
     assert figures is not None
     return figures
+
+
+OWN = {"blocks_not_committed", "loads_short", "pinned"}
+"""Counters for tests and for debugging: what a rank's part of a load or a job met."""
+
+
+def test_what_is_counted_is_a_metric() -> None:
+    """Fetches and declined hits were counted, and nobody was told."""
+    source = Path(kvserver_vllm.__file__).parent
+    text = " ".join(path.read_text() for path in source.glob("*.py"))
+    counted = set(re.findall(r"""(?:count|_lose)\(f?"([a-z_]+)""", text))
+    assert len(counted) > 12
+    assert counted - OWN == {name for name, metric in METRICS.items() if metric.kind is Counter}
 
 
 def test_only_what_is_new_is_told() -> None:
@@ -93,7 +109,9 @@ class TestInVllm:
     def test_every_metric_shows_in_the_registry(self, registry: CollectorRegistry) -> None:
         prom = self.prom()
         values = {n: m.values or ("",) for n, m in METRICS.items() if m.kind is Counter}
-        figures, counters = recorder(hub_connected=1.0, staging_bytes=4096.0, pushes_queued=3.0)
+        figures, counters = recorder(
+            hub_connected=1.0, staging_bytes=4096.0, pushes_queued=3.0, fetched_bytes=512.0
+        )
         for name, labels in values.items():
             for at, label in enumerate(labels, 1):
                 counters[f"{name}.{label}" if label else name] = at

@@ -53,7 +53,7 @@ def test_a_prefix_that_is_being_written_is_fetched_without_blocks(world: World) 
     assert (load.fetched, meta.drops) == (True, [])
     assert [block.hash for block in load.blocks] == request.hashes(tail=True)
     assert len(world.hub.lookups) == 1, "the hub is not asked again meanwhile"
-    assert world.half.tiers_of(request, 900) == {2: 900}
+    assert world.half.tiers_of(request) == {2: 900}
 
 
 def test_without_progress_what_is_whole_is_loaded(world: World) -> None:

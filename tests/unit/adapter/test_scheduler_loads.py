@@ -206,7 +206,53 @@ def test_hits_are_told_by_tier(world: World) -> None:
     world.hub.lookups[-1][2].set_result(Answer(4, 4, (2, 3, 3, 2)))
     world.hub.turn()
     start_load(world, request, computed=160)
-    assert world.half.tiers_of(request, 352) == {3: 224, 2: 128}
+    assert world.half.tiers_of(request) == {3: 224, 2: 128}
+
+
+def hit_tokens(world: World) -> dict[str, int]:
+    found = world.half.counters.items()
+    return {name: value for name, value in found if name.startswith("hit_tokens")}
+
+
+def test_tokens_count_as_hits_once_a_load_has_brought_them(world: World) -> None:
+    """They used to count when it began, also those that it never brought."""
+    start_load(world, world.new(FakeRequest("a", 900), usable=7))
+    assert hit_tokens(world) == {}
+    world.report(failed={"a": 3}, received={"a"})
+    assert hit_tokens(world) == {"hit_tokens.host": 3 * BLOCK}
+    start_load(world, world.new(FakeRequest("b", 300, seed=2), usable=2))
+    world.report(received={"b"})
+    assert hit_tokens(world) == {"hit_tokens.host": 5 * BLOCK}
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_no_hit(world: World) -> None:
+    request = world.new(FakeRequest("a", 300), usable=2)
+    start_load(world, request)
+    world.half.finished(request, whole=False)
+    world.report(received={"a"})
+    assert hit_tokens(world) == {}
+
+
+def test_with_several_cache_groups_a_load_that_came_short_brought_nothing() -> None:
+    """vLLM starts such a request from its first token."""
+    world = World(options={"group_tokens": [ENGINE_BLOCK, ENGINE_BLOCK]})
+    for name, failed, tokens in (("a", {"a": 1}, 0), ("b", None, 256)):
+        request = world.new(FakeRequest(name, 300, seed=ord(name)), usable=2)
+        assert world.match(request) == (256, True)
+        tables = [[b.block_id for b in world.pool.get_new_blocks(10)] for _ in range(2)]
+        world.half.after_alloc(request, tables, 256)
+        world.step()
+        world.report(failed=failed, received={name})
+        assert hit_tokens(world) == ({"hit_tokens.host": tokens} if tokens else {})
+
+
+@pytest.mark.parametrize(("deadline_ms", "stall_s"), [(10_000, 1.0), (3_000, 1.0), (60_000, 6.0)])
+def test_a_load_may_stand_still_for_a_second_or_a_tenth_of_its_deadline(
+    deadline_ms: int, stall_s: float
+) -> None:
+    world = World(settings={"load_deadline_ms": deadline_ms})
+    (job,) = start_load(world, world.new(FakeRequest("a", 300), usable=2)).loads
+    assert job.stall_s == stall_s
 
 
 # ---- saves -----------------------------------------------------------------------------------

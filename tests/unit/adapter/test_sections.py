@@ -170,7 +170,7 @@ def test_a_load_leaves_out_what_the_window_has_left_behind(world: World) -> None
     first, _, last = (groups_of(block) for block in job.blocks)
     assert first == [tables[0][:PAGES], [SKIP] * PAGES, [SKIP] * PAGES]
     assert last[1] == [SKIP, SKIP, *tables[1][2 * PAGES + 2 : 3 * PAGES]]
-    assert world.half.tiers_of(request, 3 * BLOCK) == {2: 3 * BLOCK}
+    assert world.half.tiers_of(request) == {2: 3 * BLOCK}
 
 
 def test_a_prompt_that_is_there_to_its_last_token_is_told_short_of_it(world: World) -> None:

@@ -132,6 +132,37 @@ def test_a_load_of_a_fetch_ends_at_its_deadline(link: FakeLink, rank: Rank) -> N
     assert link.opened.held == 0
 
 
+def test_what_fetches_hold_is_a_figure(link: FakeLink, rank: Rank) -> None:
+    def told() -> float:
+        figures = rank.half.figures.take()
+        assert figures is not None
+        return figures.gauge("fetched_bytes")
+
+    assert told() == 0
+    fetch(rank, link)
+    assert told() == rank.cells(range(2 * PAGES)).nbytes
+    rank.bind(drops=["a"])
+    rank.half.start_loads()
+    link.turn()
+    assert told() == 0
+
+
+def test_a_landing_in_which_nothing_arrives_ends_before_its_deadline(
+    link: FakeLink, rank: Rank
+) -> None:
+    link.opened.filling = {key(2): 2}
+    fetch(rank, link)
+    job = LoadJob("a", (block(1, 8), block(2, 12)), 60.0, fetched=True, stall_s=0.3)
+    rank.bind(loads=[job])
+    rank.half.start_loads()
+    link.turn()
+    assert rank.half.take_received() == set()
+    link.turn(0.4)
+    assert rank.half.take_received() == {"a"}
+    assert rank.half.take_invalid() == {12, 13, 14, 15}
+    assert link.opened.held == 0
+
+
 def test_staging_is_bounded_and_what_does_not_fit_is_refused(link: FakeLink) -> None:
     rank = Rank(link)
     size = rank.cells(range(2 * PAGES)).nbytes

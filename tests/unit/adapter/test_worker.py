@@ -102,6 +102,37 @@ def test_a_load_ends_at_its_deadline_with_what_did_not_arrive(link: FakeLink, ra
     assert np.array_equal(rank.cells(range(8)), before), "nothing is written after the report"
 
 
+def test_a_hub_that_hangs_in_mid_load_ends_it_before_its_deadline(
+    link: FakeLink, rank: Rank
+) -> None:
+    """The load holds blocks of the engine; it used to wait for all of `load_deadline_ms`."""
+    store(link, rank, 2)
+    link.opened.filling = {key(1): 0}
+    rank.bind(loads=[load(rank, 2, deadline_s=60.0, stall_s=0.3)])
+    rank.half.start_loads()
+    link.turn()
+    assert rank.half.take_received() == set()
+    link.turn(0.4)
+    assert rank.half.take_received() == {"a"}
+    assert rank.half.take_invalid() == {4, 5, 6, 7}, "what has arrived by then is kept"
+    (doubt,) = link.doubts
+    assert isinstance(doubt, TimeoutError)
+
+
+def test_a_load_that_makes_progress_may_take_its_whole_time(link: FakeLink, rank: Rank) -> None:
+    store(link, rank, 4)
+    link.opened.filling = {key(number): 0 for number in range(4)}
+    rank.bind(loads=[load(rank, 4, deadline_s=60.0, stall_s=0.6)])
+    rank.half.start_loads()
+    for number in range(4):
+        link.turn(0.25)
+        assert rank.half.take_received() == set()
+        link.opened.wrote(key(number), LAYERS)
+    link.turn()
+    assert rank.half.take_received() == {"a"}
+    assert rank.half.take_invalid() == set()
+
+
 @pytest.mark.parametrize("error", [Unavailable("gone"), ValueError("a bug")])
 def test_a_load_that_fails_is_reported_like_any_other(
     link: FakeLink, rank: Rank, error: Exception
