@@ -420,6 +420,7 @@ class Session:
                 f"the hub at {options.address} speaks protocol {reply.protocol_version}, "
                 f"this client {PROTOCOL_VERSION}"
             )
+        opening = self.background(self._keep_alive(reply))
         try:
             transfer = await choose.open_transfer(options, reply, deadline, self.rpc)
         except KVError:
@@ -427,6 +428,8 @@ class Session:
             with suppress(KVError):  # unheard, the session ends by its own clock
                 await self.rpc("Goodbye", goodbye, Deadline(1.0))
             raise
+        finally:
+            opening.cancel()
         local = None
         offer = next((o for o in reply.transports if o.name == transfer.transport), None)
         if offer is not None and offer.options.get("calls") == "1":
@@ -455,6 +458,15 @@ class Session:
             transfer=transfer,
             local=local,
         )
+
+    async def _keep_alive(self, hello: Message) -> None:
+        """Heartbeats while a transfer is opened: NIXL's staging can take longer than sessions live.
+        What a failure means is told by the calls that the opening makes itself."""
+        request = pb.HeartbeatRequest(session=hello.session, client=hello.client)
+        while True:
+            await asyncio.sleep(hello.limits.heartbeat_ms / 1000)
+            with suppress(KVError):
+                await self.rpc("Heartbeat", request, Deadline(1.0))
 
 
 def _limits(told: Message) -> Limits:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,8 @@ from kvclient import (
     NotFound,
     Unavailable,
 )
+from kvclient.transfer import choose
+from kvclient.transfer.base import Transfer
 from tests.contract.conftest import eventually
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess, start_server
@@ -212,6 +215,25 @@ def test_a_session_that_ended_is_replaced_within_the_call(serve: Serve) -> None:
         time.sleep(0.2)
         assert namespace.lookup(keys).usable_blocks == 1
         assert client.token != token
+
+
+async def test_a_transport_may_take_longer_to_open_than_a_session_lives(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NIXL prefaults its staging: gigabytes, where memory is slow."""
+    server = serve(session_ttl_ms=400, heartbeat_ms=100)
+    open_transfer = choose.open_transfer
+
+    async def slowly(*args: Any) -> Transfer:
+        await asyncio.sleep(1.2)
+        return await open_transfer(*args)
+
+    monkeypatch.setattr(choose, "open_transfer", slowly)
+    async with AsyncClient.connect(server.address, deadline_s=5) as client:
+        namespace = await client.open_namespace(BLOCKS.spec)
+        keys = BLOCKS.chain(1, 1)
+        assert (await namespace.push(keys, BLOCKS.payloads(keys))).written == 1
+        assert client.reconnects == 0
 
 
 def test_ranks_find_each_other_again(server: ServerProcess) -> None:

@@ -154,7 +154,7 @@ async def test_64_clients_at_once(way: Way, hub: ServerProcess) -> None:
     chains = [blocks.chain(seed, 2) for seed in range(64)]
 
     async def work(keys: list[bytes]) -> None:
-        async with way.client(hub, deadline_s=30) as client:
+        async with way.client(hub, deadline_s=30, staging_bytes=8 << 20) as client:
             namespace = await client.open_namespace(blocks.spec)
             assert (await namespace.push(keys, blocks.payloads(keys))).written == 2
             await check_all(namespace, blocks, keys)
