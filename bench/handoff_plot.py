@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 56, 48
+LABEL_SIZE, LETTER, ROW = 10, 6.0, 13
+"""Of the labels above the curves: the size, a letter's width at most, and a row's height."""
 _INK = "#333333"
 Points = list[tuple[float, float]]
+Mark = tuple[float, str, str]
+"""Where, what, and which of `start` and `end` of the label stands there."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -64,13 +68,14 @@ def svg(prefill: list[dict[str, Any]], decode: list[dict[str, Any]]) -> str:
         ),
     ]
     end = first + 0.03 * (first - start)
-    marks = [(e["t"], f"chunk {n}") for n, e in enumerate(chunks, 1)]
-    marks += [(hooks[-1]["t"], "last layer"), (first, "first token")]
+    marks = [(_x(e["t"], start, end), f"chunk {n}", "start") for n, e in enumerate(chunks, 1)]
+    marks.append((_x(hooks[-1]["t"], start, end), "last layer", "end"))
+    marks.append((_x(first, start, end), "first token", "end"))
     parts = [_frame(start, end)]
-    for place, (at, label) in enumerate(marks):
-        row = TOP + 12 * (place % 2)
-        parts.append(_line(_x(at, start, end), TOP, _x(at, start, end), HEIGHT - BOTTOM, "#cccccc"))
-        parts.append(_text(_x(at, start, end), row - 6, label, anchor="middle", size=10))
+    for (x, label, anchor), y in label_rows(marks):
+        beside = LETTER / 2 if anchor == "start" else -LETTER / 2
+        parts.append(_line(x, y - LABEL_SIZE, x, HEIGHT - BOTTOM, "#cccccc"))
+        parts.append(_text(x + beside, y, label, anchor=anchor, size=LABEL_SIZE))
     for number, (label, colour, points) in enumerate(series):
         parts.append(_curve(points, start, end, colour))
         parts.append(_text(LEFT + 210 * number, HEIGHT - 8, label, colour=colour))
@@ -81,6 +86,25 @@ def svg(prefill: list[dict[str, Any]], decode: list[dict[str, Any]]) -> str:
         + "\n".join(parts)
         + "\n</svg>\n"
     )
+
+
+def label_rows(marks: Sequence[Mark]) -> list[tuple[Mark, float]]:
+    """The base line of each label, which stands above the curves and beside its mark's line: at its
+    start or its end. Where two would meet, that whose line stands outside is raised, so that no
+    line crosses a label."""
+    starts = [mark for mark in marks if mark[2] == "start"]
+    ends = [mark for mark in marks if mark[2] == "end"]
+    rows: list[list[tuple[float, float]]] = []
+    places = []
+    for mark in [*reversed(starts), *ends]:
+        x, label, anchor = mark
+        width = LETTER * (len(label) + 1)
+        left, right = (x, x + width) if anchor == "start" else (x - width, x)
+        free = (n for n, row in enumerate(rows) if all(left > b or right < a for a, b in row))
+        row = next(free, len(rows))
+        rows[row:] = [[*(rows[row] if row < len(rows) else []), (left, right)], *rows[row + 1 :]]
+        places.append((mark, TOP - 6.0 - ROW * row))
+    return places
 
 
 def _jobs(events: list[dict[str, Any]]) -> list[int]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvclient import KVError
 from kvproto.grid import Region
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
@@ -100,6 +102,7 @@ class FakeReservation:
     ) -> None:
         self._namespace, self._hashes, self._region = namespace, hashes, region
         self.writable = [i for i, h in enumerate(hashes) if h not in namespace.refused]
+        self._open = set(self.writable)
         self._cells = {
             i: np.zeros(
                 (region.layers, region.heads, -(-tokens[i] // TOKENS), TOKENS * 2 * DIMS * 4),
@@ -112,6 +115,10 @@ class FakeReservation:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Tells the hub of what was not committed, and waits for its answer, as the real one."""
+        if self._open:
+            with suppress(KVError):
+                await self._namespace.enter()
         self._namespace.aborted += 1
 
     def cells(self, index: int) -> np.ndarray:
@@ -121,6 +128,7 @@ class FakeReservation:
         await self._namespace.enter()
         self._namespace.commits.append((list(indices), region))
         if region.layer_stop == self._region.layer_stop:
+            self._open -= set(indices)
             for index in indices:
                 self._namespace.stored[self._hashes[index]] = self._cells[index].copy()
         return np.zeros(len(indices), np.uint8)

@@ -76,6 +76,7 @@ class Pulls:
         self.stagings = Stagings(rank)
         self._open: dict[str, LoadJob] = {}
         self._void: set[str] = set()
+        self._unwanted: set[str] = set()  # aborted before they began
 
     def expect(self, job: LoadJob) -> None:
         """`load` will be called for it. On the engine's thread, so that a void finds it."""
@@ -91,6 +92,8 @@ class Pulls:
         task = self._loads.get(request)
         if task is not None:
             task.cancel()
+        elif request in self._open:
+            self._unwanted.add(request)
 
     async def load(self, meta: StepMeta, job: LoadJob) -> None:
         """Pull one request's blocks; whatever happens, report it once."""
@@ -102,6 +105,8 @@ class Pulls:
         aborted = False
         started = time.monotonic()
         try:
+            if job.request in self._unwanted:
+                raise asyncio.CancelledError
             async with watch.timeout:
                 if job.fetched:
                     await self.stagings.land(meta, job, parts[0].missing, watch.arrived)
@@ -195,6 +200,7 @@ class Pulls:
 
     def _report(self, job: LoadJob, missing: set[int], aborted: bool) -> None:
         self._open.pop(job.request, None)
+        self._unwanted.discard(job.request)
         if job.request in self._void:
             self._void.discard(job.request)
             missing, aborted = set(range(len(job.blocks))), False

@@ -3,8 +3,9 @@
 Rules:
   1. A push reads pages that the scheduler half pinned, as the forward pass completes their layers.
   2. What a tail's last page holds behind its tokens is zeroed in the copy, before the checksum.
-  3. It lets go of them `pin_ms` after the step at the latest; once it has, no copy is left. With
-     `direct` it ends by then, and lets go when the hub is known to read no more.
+  3. It lets go of them `pin_ms` after the step at the latest, whatever the hub does; once it has,
+     no copy is left. With `direct` it ends by then, and lets go when the hub is known to read no
+     more.
 """
 
 from __future__ import annotations
@@ -77,6 +78,21 @@ class Step:
         self.finished.set()
 
 
+class Hold:
+    """The engine's pages of one job, until this rank needs them no more. On the link's thread."""
+
+    def __init__(self, let_go: Callable[[], None]) -> None:
+        self._let_go = let_go
+        self.over = False
+        self.late = False
+        """They are wanted back and were not all copied."""
+
+    def end(self) -> None:
+        if not self.over:
+            self.over = True
+            self._let_go()
+
+
 @dataclass(frozen=True)
 class Part:
     """What one section of this rank pushes of a job."""
@@ -84,6 +100,7 @@ class Part:
     job: SaveJob
     direct: Direct
     step: Step
+    hold: Hold
     track: Track
     blocks: list[BlockPages]
     reservation: Reservation
@@ -128,37 +145,37 @@ class Pushes:
 
     async def push(self, meta: StepMeta, job: SaveJob, step: Step) -> None:
         """Copy and commit one admitted job, in each section that has its pages."""
-        let_go = asyncio.Event()
+        hold = Hold(lambda: self._let_go(job))
         started = time.monotonic()
         task = asyncio.current_task()
         assert task is not None
-        guard = self._rank.link.spawn(self._expire(step, let_go, task))
+        guard = self._rank.link.spawn(self._expire(job, step, hold, task))
         copying = set(range(len(self._direct)))
 
         def copied(section: int) -> None:
             copying.discard(section)
-            if not copying and not let_go.is_set():
-                let_go.set()
-                self._let_go(job)
+            if not copying:
+                hold.end()
 
         try:
             async with asyncio.TaskGroup() as group:
                 for at in sorted(copying):
-                    group.create_task(self._push_section(meta, job, step, at, copied))
+                    group.create_task(self._push_section(meta, job, step, hold, at, copied))
             self._rank.figures.took("push_seconds", time.monotonic() - started)
         except asyncio.CancelledError:
-            self._lose("saves_dropped.late", job, "its pages were needed")
+            pass  # late, or the link is closing
         finally:
             guard.cancel()
             self._rank.queued -= 1
-            if not let_go.is_set():
+            if not hold.over:
                 for at in sorted(copying):
                     await self._direct[at].quiet(job.blocks)
-                self._let_go(job)
+                hold.end()
 
     async def _push_section(
-        self, meta: StepMeta, job: SaveJob, step: Step, at: int, copied: Callable[[int], None]
-    ) -> None:
+        self, meta: StepMeta, job: SaveJob, step: Step, hold: Hold, at: int,
+        copied: Callable[[int], None],
+    ) -> None:  # fmt: skip
         """Push section number `at`; calls `copied` once it needs the engine's pages no more."""
         link, direct = self._rank.link, self._direct[at]
         section = direct.section
@@ -177,7 +194,7 @@ class Pushes:
                     straight = self._straight(direct, blocks, reservation)
                     staged = [index for index in reservation.writable if index not in straight]
                     part = Part(
-                        job, direct, step, step.tracks[at], blocks, reservation, region,
+                        job, direct, step, hold, step.tracks[at], blocks, reservation, region,
                         straight, staged,
                     )  # fmt: skip
                     last = await self._push_layers(part)
@@ -192,17 +209,28 @@ class Pushes:
             await direct.quiet(blocks)
         copied(at)
 
-    async def _expire(self, step: Step, let_go: asyncio.Event, push: asyncio.Task[None]) -> None:
-        """End a push that still needs the engine's pages `pin_ms` after the step."""
+    async def _expire(self, job: SaveJob, step: Step, hold: Hold, push: asyncio.Task[None]) -> None:
+        """End a push that still needs the engine's pages `pin_ms` after the step. Copies are made
+        on this thread and ask `hold` before they begin, so that none is left: the pages are let go
+        of at once, while the push tells the hub of its end, however long that takes."""
         await step.finished.wait()
         await asyncio.sleep(max(0.0, step.deadline - time.monotonic()))
-        if not let_go.is_set():
+        if not hold.over:
+            self._late(job, hold)
             push.cancel()
+
+    def _late(self, job: SaveJob, hold: Hold) -> None:
+        """The engine wants the pages back before they were all copied."""
+        if not hold.late:
+            hold.late = True
+            self._lose("saves_dropped.late", job, "its pages were needed")
+            if not self._rank.settings.direct:
+                hold.end()
 
     def _log_pushed(self, part: Part) -> None:
         written = sorted([*part.staged, *part.straight])
         log, section = self._rank.log, part.direct.section
-        for index in written if log.on else ():
+        for index in written if log.on and not part.hold.over else ():
             self._rank.log_cells("pushed", section, part.region, part.blocks[index])
         log.write("push_done", job=part.job.job, blocks=len(written), window=section.window)
 
@@ -217,7 +245,8 @@ class Pushes:
             began = time.monotonic()
             for index in part.staged:
                 if time.monotonic() > part.step.deadline:
-                    self._lose("saves_dropped.late", part.job, "its pages were needed")
+                    self._late(part.job, part.hold)
+                if part.hold.late:
                     return None
                 cells = part.reservation.cells(index)[done:ready]
                 pages.gather(done, ready, part.blocks[index].pages, cells)

@@ -120,6 +120,30 @@ def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: Fake
     assert link.opened.stored == {}
 
 
+def test_pages_are_let_go_in_time_while_a_hub_that_hangs_is_told_of_the_end(
+    link: FakeLink,
+) -> None:
+    """What was reserved is given back at the hub, which may take as long as a call may."""
+    rank = Rank(link, pin_ms=50)
+    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
+    link.turn()
+    link.opened.gate.clear()
+    rank.half.layer_saved(NAMES[0])
+    link.turn()
+    for name in NAMES[1:]:
+        rank.half.layer_saved(name)
+    rank.half.step_saved()
+    link.turn(0.1)
+    assert rank.half.take_report() == RankReport({1: 1})
+    assert rank.half.counters["saves_dropped.late"] == 1
+    rank.kv[1].zero_()  # the pages are another's now
+    link.opened.gate.set()
+    link.turn()
+    assert rank.half.take_report() is None
+    assert link.opened.stored == {}
+    assert link.opened.aborted == 1
+
+
 def test_pages_are_let_go_before_the_last_commit_is_answered(link: FakeLink, rank: Rank) -> None:
     rank.bind(saves=[SaveJob(1, (block(1, 4),))])
     link.turn()

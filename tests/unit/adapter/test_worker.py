@@ -146,12 +146,17 @@ def test_a_load_that_fails_is_reported_like_any_other(
     assert rank.half.take_invalid() == {0, 1, 2, 3}
 
 
-def test_an_aborted_load_is_reported_without_failed_blocks(link: FakeLink, rank: Rank) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_an_aborted_load_is_reported_without_failed_blocks(
+    link: FakeLink, rank: Rank, started: bool
+) -> None:
+    """Also one whose abort comes while the link's thread has yet to begin it."""
     store(link, rank, 1)
     link.opened.gate.clear()
     rank.bind(loads=[load(rank, 1)])
     rank.half.start_loads()
-    link.turn()
+    if started:
+        link.turn()
     rank.bind(aborts=["a"])
     rank.half.start_loads()
     link.turn()
