@@ -8,7 +8,7 @@ caching and ngram speculation. The tests at the end change the engines' weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,14 +295,14 @@ def test_y1_asleep_and_awake_nothing_old_is_used(world: World) -> None:
     assert len(world.pull(tokens, tokens=TOKENS).blocks) == 5, "its own blocks are found again"
 
 
-@pytest.mark.slow  # now and then its request, which sleep aborts, is never answered
 def test_y2_weights_that_change_while_blocks_are_pushed(
     world: World, models: tuple[Path, Path]
 ) -> None:
     """The request is computed anew with the new weights; the hub keeps what the old ones made."""
     tokens = prompt(51, 900)
     want = world.expect(tokens, tokens=TOKENS)
-    got = world.source.reload_in("prefill", tokens, models[1], tokens=TOKENS)
+    got, old_tokens, _ = world.source.reload_in("prefill", tokens, models[1], tokens=TOKENS)
+    assert old_tokens == 0
     assert got.tokens != want.tokens
     old = world.pull(tokens, engine="tight", tokens=TOKENS)
     assert answer_complaints(old.answer, want) == []
@@ -312,3 +312,26 @@ def test_y2_weights_that_change_while_blocks_are_pushed(
     want = world.expect(tokens, tokens=TOKENS)
     assert answer_complaints(got, want) == []
     assert answer_complaints(again.answer, want) == []
+
+
+def test_y3_weights_that_change_while_blocks_are_pulled(
+    world: World, models: tuple[Path, Path]
+) -> None:
+    """vLLM resets nothing under a load: a word may be said with the old weights before. From
+    there on it is computed anew, and nothing that was loaded is used."""
+    tokens = prompt(50, 640)
+    before = len(world.events("target"))
+    wait_for("a reset", world.target.reset_prefix_cache)
+    got, said, refused = world.target.reload_in("loading", tokens, models[1], tokens=TOKENS)
+    events = world.events("target")[before:]
+    assert refused > 0
+    assert [e["event"] for e in events].count("pulled") == 5
+    assert said < TOKENS // 2
+    want = world.expect([*tokens, *got.tokens[:said]], tokens=TOKENS - said)
+    after = replace(got, tokens=got.tokens[said:], logprobs=got.logprobs[said:])
+    assert answer_complaints(after, want) == []
+    wait_for("pushes", lambda: world.quiet("target"))
+    wait_for("a reset", world.target.reset_prefix_cache)
+    again = world.pull(tokens, tokens=TOKENS)
+    assert again.blocks == [], "a request from before the reset is not pushed"
+    assert answer_complaints(again.answer, world.expect(tokens, tokens=TOKENS)) == []

@@ -170,8 +170,7 @@ class Driver:
 
     def _free_blocks(self, command: dict[str, Any]) -> dict[str, Any]:
         """Of the engine's KV cache, in this process."""
-        scheduler = self._engine.engine_core.engine_core.scheduler
-        return {"blocks": scheduler.kv_cache_manager.block_pool.get_num_free_blocks()}
+        return {"blocks": self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()}
 
     def _abort(self, command: dict[str, Any]) -> dict[str, Any]:
         name = self._add(command["prompt"], command["tokens"], 0)
@@ -198,12 +197,15 @@ class Driver:
         began = time.monotonic()
         self._step_until(name, command["phase"])
         refused = self._forget()
+        (request,) = self._scheduler.requests.values()
+        told = {"refused": refused, "old_tokens": request.num_output_tokens}
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": command["path"]})
+        self._core.resume_scheduler()
         while True:
             for output in self._step():
                 if output.finished:
                     now = time.monotonic() - began
-                    return {"outputs": [_shown(output, now, now)], "refused": refused}
+                    return {"outputs": [_shown(output, now, now)], **told}
 
     def _sleep(self, command: dict[str, Any]) -> dict[str, Any]:
         """Sleep and wake up, with the weights of another checkpoint if one is named."""
@@ -224,22 +226,33 @@ class Driver:
         return {"refused": refused}
 
     def _forget(self) -> int:
-        """Reset all caches, requests that run are preempted; how often vLLM refused before."""
+        """Pause and reset all caches, requests that run are preempted; how often vLLM refused
+        because a request was being loaded. The engine stays paused."""
         deadline = time.monotonic() + RESET_S
         refused = 0
         while True:
-            try:
-                if self._engine.reset_prefix_cache(True, reset_connector=True):
-                    return refused
-            except RuntimeError:  # pushes still pin pages
-                refused += 1
+            self._core.pause_scheduler("keep", clear_cache=False)
+            while self._scheduler.has_requests():  # pushes that pin pages
                 assert time.monotonic() < deadline, "pages stay pinned"
                 self._step()
+            try:
+                assert self._engine.reset_prefix_cache(True, reset_connector=True)
+                return refused
+            except RuntimeError:
+                refused += 1
+                assert time.monotonic() < deadline, "the load never ended"
+                self._core.resume_scheduler()
+                finished = [output for output in self._step() if output.finished]
+                assert not finished, "the request ended before the reset"
+
+    @property
+    def _core(self) -> Any:
+        """Of an engine that lives in this process."""
+        return self._engine.engine_core.engine_core
 
     @property
     def _scheduler(self) -> Any:
-        """Of an engine that lives in this process."""
-        return self._engine.engine_core.engine_core.scheduler
+        return self._core.scheduler
 
     def _step_until(self, name: str, phase: str) -> None:
         """`waiting`: for a lookup's answer; `loading`, `prefill` (a chunk is done), `decode`."""

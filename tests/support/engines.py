@@ -226,8 +226,11 @@ class Engine:
         call = self._send("abort_in", phase=phase, prompt=list(prompt), tokens=tokens)
         return int(self._wait(call, CALL_S)["free"])
 
-    def reload_in(self, phase: str, prompt: Sequence[int], path: Path, *, tokens: int) -> Generated:
-        """Reset all caches and load other weights while a request is in that phase; its answer."""
+    def reload_in(
+        self, phase: str, prompt: Sequence[int], path: Path, *, tokens: int
+    ) -> tuple[Generated, int, int]:
+        """Reset all caches and load other weights while a request is in that phase; its answer,
+        how many tokens of it are of the old weights, and how often vLLM refused the reset."""
         call = self._send(
             "reload_in",
             phase=phase,
@@ -236,7 +239,8 @@ class Engine:
             tokens=tokens,
             logprobs=5,
         )
-        return self.finish(call)[0]
+        answer = self._wait(call, CALL_S)
+        return _generated(answer["outputs"][0]), answer["old_tokens"], answer["refused"]
 
     def sleep(self, path: Path | None = None) -> int:
         """Sleep and wake up (with other weights); how often vLLM refused before."""
