@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 
+from kvproto.prefix import prefix_hashes
 from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
     cells,
+    flip_a_bit,
     page_complaints,
+    the_spec,
     transports_of,
     wait_connected,
+    wait_for,
     wait_pushed,
 )
+from tests.support.server import ServerProcess
 from tests.support.tiny_models import TINY, prompt, write_model
 from tests.support.ways import Way
 
@@ -25,16 +30,41 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 BLOCK, TOKENS = 128, 12
-ONE, OTHER = prompt(11, 700), prompt(12, 500)
+ONE, OTHER, DAMAGED = prompt(11, 700), prompt(12, 500), prompt(13, 640)
 BLOCK_BYTES = BLOCK * TINY.kv_bytes_per_token
 
 
 @dataclass
 class Pair:
+    way: Way
+    server: ServerProcess
     single: Engine
     double: Engine
     single_log: Path
     double_log: Path
+
+    def push(self, tokens: list[int]) -> Generated:
+        """Computed on one rank, and at the hub."""
+        before = pushed_blocks(self.single_log)
+        answer = self.single.generate(tokens, tokens=TOKENS)
+        want = before + len(tokens) // BLOCK
+        wait_for("pushes", lambda: pushed_blocks(self.single_log) == want)
+        return answer
+
+    def pull(self, tokens: list[int]) -> tuple[Generated, list[dict[str, Any]]]:
+        """The answer of the two ranks, which have nothing of it themselves, and its events."""
+        return pull(self.double, self.double_log, tokens)
+
+
+def pull(engine: Engine, log: Path, tokens: list[int]) -> tuple[Generated, list[dict[str, Any]]]:
+    wait_for("a reset of the prefix cache", engine.reset_prefix_cache)
+    before = len(read_events(log))
+    answer = engine.generate(tokens, tokens=TOKENS)
+    return answer, read_events(log)[before:]
+
+
+def pushed_blocks(log: Path) -> int:
+    return sum(event["event"] == "pushed" for event in read_events(log))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +89,8 @@ def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             wait_connected(path / "tp2.jsonl", 3)
             for size in (1, 2):
                 assert transports_of(path / f"tp{size}.jsonl") == {way.transport}
-            yield Pair(*engines, path / "tp1.jsonl", path / "tp2.jsonl")
+            logs = (path / "tp1.jsonl", path / "tp2.jsonl")
+            yield Pair(way, server, *engines, *logs)
         finally:
             for engine in engines:
                 engine.end()  # ranks share memory segments that only they remove
@@ -112,3 +143,39 @@ def test_what_two_ranks_pushed_one_rank_pulls_whole(pair: Pair) -> None:
     (pulled,) = ranks_of(read_events(pair.single_log), "pulled", "").values()
     assert {tuple(e["heads"]) for e in pulled} == {(0, 2)}
     assert {e["bytes"] for e in pulled} == {BLOCK_BYTES}
+
+
+def failed_of(events: list[dict[str, Any]]) -> dict[int, list[int]]:
+    """Blocks that did not arrive, by rank."""
+    return {
+        rank: sorted(event["index"] for event in found)
+        for rank, found in ranks_of(events, "failed_block", "").items()
+    }
+
+
+def recomputed_from(events: list[dict[str, Any]], tokens: list[int]) -> set[int]:
+    """Where steps that compute some of the prompt began."""
+    return {len(tokens) - e["left"] for e in events if e["event"] == "scheduled"}
+
+
+def check_failed(events: list[dict[str, Any]], tokens: list[int], first: int) -> None:
+    """The second rank lacks the blocks from `first` on, the other one nothing: both compute again
+    from there, and the hub is asked once."""
+    assert sorted(failed_of(events)) == [1]
+    assert failed_of(events)[1][0] == first
+    assert ranks_of(events, "pulled", "").keys() >= {0}
+    assert len(ranks_of(events, "pulled", "")[0]) == len(tokens) // BLOCK
+    assert recomputed_from(events, tokens) == {first * BLOCK}
+    assert len([e for e in events if e["event"] == "lookup"]) == 1
+
+
+def test_one_rank_whose_cells_are_damaged_has_both_compute_again_from_there(pair: Pair) -> None:
+    computed = pair.push(DAMAGED)
+    with pair.way.blocking(pair.server) as client:
+        digest = prefix_hashes(DAMAGED, BLOCK)[2]
+        flip_a_bit(pair.server, client, the_spec(client), digest, layer=1, head=1)
+    decoded, events = pair.pull(DAMAGED)
+    assert answer_complaints(decoded, computed) == []
+    check_failed(events, DAMAGED, 2)
+    again, events = pair.pull(DAMAGED)
+    assert answer_complaints(again, computed) == []

@@ -260,6 +260,29 @@ def test_rejected_drafts_are_never_saved(world: World) -> None:
     assert answer_complaints(got.answer, world.expect(second, tokens=TOKENS)) == []
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [("source", "tight"), pytest.param("tight", "target", marks=pytest.mark.slow)],
+)
+def test_after_a_hand_off_one_prompt_token_is_computed_with_drafts_or_without(
+    world: World, prefill: str, decode: str
+) -> None:
+    """vLLM fills the first step of an engine that speculates up with drafts that nobody made."""
+    step = 1 + NGRAM["num_speculative_tokens"] if decode == "tight" else 1
+    drafted = world.tight.metrics()["vllm:spec_decode_num_draft_tokens"]
+    for length in (129, 300):
+        tokens = (prompt(length + step, 40) * 10)[:length]
+        first = world.push(tokens, engine=prefill, tokens=1, transfer={"do_remote_decode": True})
+        got = world.pull(tokens, engine=decode, tokens=40, transfer=first.params)
+        scheduled = [(e["tokens"], e["left"]) for e in got.events if e["event"] == "scheduled"]
+        assert scheduled == [(step, 1)], f"prompt of {length} tokens"
+        assert got.blocks == [h.hex() for h in prefix_hashes(tokens, BLOCK, tail=True)]
+        assert page_complaints(world.pushed(prefill), got.cells) == []
+        assert answer_complaints(got.answer, world.expect(tokens, tokens=40)) == []
+    speculated = world.tight.metrics()["vllm:spec_decode_num_draft_tokens"] > drafted
+    assert speculated == (decode == "tight")
+
+
 @pytest.mark.parametrize("phase", ["waiting", "loading", "prefill", "decode"])
 def test_a_request_aborted_in_any_phase_leaves_nothing_behind(world: World, phase: str) -> None:
     tokens = prompt(["waiting", "loading", "prefill", "decode"].index(phase) + 40, 900)

@@ -111,7 +111,7 @@ class Driver:
 
     def _add(
         self,
-        prompt: list[int] | dict[str, int],
+        prompt: list[int] | dict[str, Any],
         tokens: int,
         logprobs: int,
         transfer: dict[str, Any] | None = None,
@@ -134,7 +134,10 @@ class Driver:
             chosen["output_kind"] = RequestOutputKind.FINAL_ONLY
         params = SamplingParams(max_tokens=tokens, logprobs=logprobs, **chosen)
         whole: dict[str, Any] = {"prompt_token_ids": prompt}
-        if isinstance(prompt, dict):
+        if isinstance(prompt, dict) and "image" in prompt:
+            image = _image(prompt["image"], prompt["pixels"])
+            whole = {"prompt_token_ids": prompt["ids"], "multi_modal_data": {"image": image}}
+        elif isinstance(prompt, dict):
             whole = {"prompt_embeds": _embeds(**prompt)}
         if salt is not None:
             whole["cache_salt"] = salt
@@ -302,12 +305,18 @@ class Driver:
         return {"done": True}
 
     def _metrics(self, command: dict[str, Any]) -> dict[str, Any]:
-        """vLLM's own registry: a counter's or gauge's value, a histogram's count."""
+        """vLLM's own registry: a counter's or gauge's value, a histogram's count, a vector's sum"""
+
+        def shown(metric: Any) -> float:
+            if hasattr(metric, "value"):
+                return float(metric.value)
+            return float(metric.count if hasattr(metric, "count") else sum(metric.values))
+
         values = {}
         for metric in self._engine.get_metrics():
             labels = {k: v for k, v in metric.labels.items() if k not in ("engine", "model_name")}
             name = ".".join([metric.name, *labels.values()])
-            values[name] = metric.value if hasattr(metric, "value") else metric.count
+            values[name] = shown(metric)
         return {"values": values}
 
     def _step(self) -> list[Any]:
@@ -329,6 +338,15 @@ def _embeds(seed: int, tokens: int, hidden: int) -> Any:
 
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, hidden, generator=generator) * 0.1
+
+
+def _image(seed: int, pixels: int) -> Any:
+    """A square image of random colours."""
+    import numpy as np
+    from PIL import Image
+
+    colours = np.random.default_rng(seed).integers(0, 256, (pixels, pixels, 3), np.uint8)
+    return Image.fromarray(colours)
 
 
 def _shown(output: Any, first_s: float, last_s: float) -> dict[str, Any]:

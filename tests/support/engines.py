@@ -33,9 +33,15 @@ CALL_S = 120.0
 # Adapter settings for tests that are about bytes, not about time: engines and hub share two cores.
 PATIENT: dict[str, Any] = {"lookup_ms": 10_000, "load_deadline_ms": 60_000, "pin_ms": 10_000}
 
+# Eager on a CPU, vLLM leaves its warm-up out, in which a pipeline's later stages make the buffers
+# that they take activations into (gpu_model_runner.py: `sync_and_gather_intermediate_tensors`
+# asserts that they are there). Traced once and run as traced is next to eager.
+TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
-# Token ids, or the seed, tokens and hidden size of random embeddings.
-Prompt = Sequence[int] | Mapping[str, int]
+
+# Token ids; or the seed, tokens and hidden size of random embeddings; or token ids (`ids`), and the
+# seed (`image`) and width (`pixels`) of a random image that their placeholder stands for.
+Prompt = Sequence[int] | Mapping[str, Any]
 
 
 class EngineError(AssertionError):
@@ -112,6 +118,7 @@ class Engine:
         *,
         config: Mapping[str, Any] | None = None,
         tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
         block_size: int = 32,
         kv_bytes: int = 64 << 20,
         max_model_len: int = 1024,
@@ -127,15 +134,17 @@ class Engine:
             handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
             os.close(handle)
             log_path = Path(name)
+        ranks = tensor_parallel * pipeline_parallel
         settings = {
             "model": str(model),
             "skip_tokenizer_init": True,
-            "enforce_eager": True,
+            **(TRACED if pipeline_parallel > 1 else {"enforce_eager": True}),
             "dtype": "float32",
             "block_size": block_size,
             "max_model_len": max_model_len,
             "kv_cache_memory_bytes": kv_bytes,
             "tensor_parallel_size": tensor_parallel,
+            "pipeline_parallel_size": pipeline_parallel,
             "kv_transfer_config": dict(config) if config else None,
             **options,
         }
@@ -145,11 +154,11 @@ class Engine:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess or tensor_parallel > 1 else "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess or ranks > 1 else "0",
             **(environment or {}),
         }
-        if tensor_parallel > 1:
-            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
+        if ranks > 1:
+            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(ranks))
         process = engine_process.launch(
             settings, environment=variables, log_path=log_path, runner=runner
         )
