@@ -23,8 +23,8 @@ SPREAD = 0.08
 class Family:
     """`config` names a class of transformers and its arguments; `options` go to the engine.
 
-    `windows` are those of its layers, 0: full attention. `seed` is one whose model does not repeat
-    itself.
+    `windows` are those of its layers, 0: full attention, -1: a recurrent state. `seed` is one whose
+    model does not repeat itself.
     """
 
     name: str
@@ -47,6 +47,16 @@ _COMMON: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": POSITIONS,
 }
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_state": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+STATES_NOT_CACHED: dict[str, Any] = {"enable_prefix_caching": False}
 
 
 def _spread_sinks(model: Any) -> None:
@@ -155,6 +165,46 @@ FAMILIES = {
             kv_heads=1,
             options={"block_size": 16},
             seed=2,
+        ),
+        Family(
+            "mamba2",
+            "Mamba2Config",
+            {
+                "vocab_size": VOCAB,
+                "hidden_size": 128,
+                "num_hidden_layers": 4,
+                "num_heads": 8,
+                "head_dim": 32,
+                "state_size": 32,
+                "n_groups": 1,
+                "expand": 2,
+                "conv_kernel": 4,
+                "chunk_size": 64,
+            },
+            kv_heads=0,
+            windows=(-1,),
+            options=STATES_NOT_CACHED,
+        ),
+        Family(
+            "granite4",
+            "GraniteMoeHybridConfig",
+            {
+                **{k: v for k, v in _COMMON.items() if k != "head_dim"},
+                **_MAMBA,
+                "num_local_experts": 0,
+                "shared_intermediate_size": 256,
+                "position_embedding_type": "rope",
+                "layer_types": ["mamba", "attention", "mamba", "mamba"],
+            },
+            windows=(0, -1),
+            options=STATES_NOT_CACHED,
+        ),
+        Family(
+            "falconh1",
+            "FalconH1Config",
+            {**_COMMON, **_MAMBA, "mamba_d_ssm": 256},
+            windows=(0, -1),
+            options=STATES_NOT_CACHED,
         ),
     )
 }

@@ -23,14 +23,18 @@ _OFFSET = struct.Struct("<q")
 class Chain:
     """Hashes of the full blocks of one request. `request` is a vLLM Request."""
 
-    def __init__(self, request: Any, block_tokens: int, adapter: bytes) -> None:
-        """`adapter` is the digest of the request's LoRA adapter, empty without one."""
+    def __init__(
+        self, request: Any, block_tokens: int, adapter: bytes, prompt_tokens: int | None = None
+    ) -> None:
+        """`adapter` is the digest of the request's LoRA adapter, empty without one;
+        `prompt_tokens` says where the prompt's tail ends, default: with the prompt."""
         self._request = request
         self._block_tokens = block_tokens
         self._adapter = adapter
         self._lock = threading.Lock()
         self.hashes: list[bytes] = []
-        self.prompt_blocks, self.tail_tokens = divmod(request.num_prompt_tokens, block_tokens)
+        ends: int = request.num_prompt_tokens if prompt_tokens is None else prompt_tokens
+        self.prompt_blocks, self.tail_tokens = divmod(ends, block_tokens)
         self.tail = b""
 
     def parent(self, index: int) -> bytes:

@@ -25,6 +25,12 @@ class Answer:
     usable: int
     live: int
     tiers: tuple[int, ...] = ()
+    complete: int = 0
+    """Blocks that are there of the first section; with a recurrent state none may be usable yet."""
+
+    @property
+    def progress(self) -> int:
+        return max(self.usable, self.complete)
 
 
 class Hub(Protocol):
@@ -78,6 +84,7 @@ class Tracked:
         self.announced_at = 0.0
         self.saved = 0
         self.tail = False  # the answer's last block is the prompt's tail
+        self.prompt_tokens = int(request.num_prompt_tokens)  # that are saved and loaded at most
         self.tail_saved = False
         self.arrived_at = 0.0
 
@@ -110,6 +117,8 @@ class Common:
     sections: tuple[Section, ...] = ()
     page_tokens: int = 1
     tails: bool = True
+    state_groups: frozenset[int] = frozenset()
+    """KV cache groups whose blocks hold a recurrent state: their page ids are block ids."""
     pace: Pace = field(default_factory=Pace)
     pool: Any = None
     counters: dict[str, int] = field(default_factory=dict)
@@ -122,10 +131,15 @@ class Common:
     def count(self, name: str, by: int = 1) -> None:
         self.counters[name] = self.counters.get(name, 0) + by
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether some of the layers keep a state in place of KV."""
+        return bool(self.state_groups)
+
     def covered(self, tracked: Tracked, blocks: int) -> int:
         """Tokens that so many blocks of an answer hold: the last one may be the prompt's tail."""
         tokens = blocks * self.block
-        return min(tokens, int(tracked.request.num_prompt_tokens)) if tracked.tail else tokens
+        return min(tokens, tracked.prompt_tokens) if tracked.tail else tokens
 
     def block_pages(
         self,
@@ -148,8 +162,10 @@ class Common:
         first = blocks.start * block // page
         stop = -(-((blocks.stop - 1) * block + last_tokens) // page)
         groups = [
-            self._group_pages(block_ids, tokens // page, range(first, stop), begin)
-            for block_ids, tokens in zip(tables, self.group_tokens, strict=True)
+            [block_ids[0]] * (stop - first)
+            if group in self.state_groups
+            else self._group_pages(block_ids, tokens // page, range(first, stop), begin)
+            for group, (block_ids, tokens) in enumerate(zip(tables, self.group_tokens, strict=True))
         ]
         whole, request, parent = (
             block // page,
@@ -186,13 +202,28 @@ class Common:
                     pages[n - first] = SKIP
         return pages
 
+    def without_states(self, blocks: Sequence[BlockPages]) -> list[BlockPages]:
+        """The same blocks without the pages of state groups."""
+        groups = len(self.group_tokens)
+        found = []
+        for block in blocks:
+            lists = [of_group(block.pages, group, groups) for group in range(groups)]
+            pages = (
+                SKIP if group in self.state_groups else page
+                for group, ids in enumerate(lists)
+                for page in ids
+            )
+            found.append(block._replace(pages=tuple(pages)))
+        return found
+
     def engine_blocks(self, block: BlockPages) -> list[int]:
         """The engine blocks that its pages lie in."""
         if self.group_tokens == (self.page_tokens,):
             return [page for page in block.pages if page != SKIP]
         found: set[int] = set()
         for group, group_tokens in enumerate(self.group_tokens):
-            per_block = group_tokens // self.page_tokens
+            state = group in self.state_groups
+            per_block = 1 if state else group_tokens // self.page_tokens
             pages = of_group(block.pages, group, len(self.group_tokens))
             found.update(page // per_block for page in pages if page != SKIP)
         return sorted(found)

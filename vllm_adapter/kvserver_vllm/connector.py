@@ -183,7 +183,9 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
         stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
         stage %= int(parallel.pipeline_parallel_size)
-        sections, self._holds = hold(config, self._kv_cache_config, kv_caches, tp_rank)
+        sections, self._holds = hold(
+            config, self._kv_cache_config, kv_caches, tp_rank, self._settings.block_tokens
+        )
         if self._settings.direct:
             for section in sections:
                 self._link.register(section.pages.memory)

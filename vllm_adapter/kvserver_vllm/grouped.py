@@ -2,7 +2,8 @@
 
 vLLM gives layers of one kind several KV cache groups where another kind has fewer layers (Gemma-3:
 five for its windows), each with a block table of its own. To the hub they are layers of one grid:
-each is gathered by the page ids of its group, into its place among the section's layers.
+each is gathered by the page ids of its group, into its place among the section's layers. Recurrent
+states are dealt out in the same way.
 """
 
 from __future__ import annotations
@@ -80,6 +81,39 @@ class GroupedPages:
                 chosen = slice(places[start] - layer, places[run - 1] - layer + 1, step)
                 yield pages, start, run, ids, chosen
                 start = run
+
+
+class StatePages:
+    """Recurrent states as pages: one for a whole block of the hub, the engine's block of its group.
+
+    What stands for a hub block is a list of page ids like any other section's, of which those of a
+    state's group are equal: the id of the engine block (`Common.block_pages`).
+    """
+
+    def __init__(self, states: GroupedPages, groups: int) -> None:
+        self._states = states
+        self._groups = groups
+        self.layers, self.heads, self.format = states.layers, states.heads, states.format
+        self.memory = states.memory
+
+    def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
+        return self._states.addresses(layer, stop, self._one(page_ids))
+
+    def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
+        self._states.gather(layer, stop, self._one(page_ids), out)
+
+    def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
+        self._states.scatter(layer, stop, self._one(page_ids), cells)
+
+    def present(self, page_ids: Sequence[int]) -> list[int]:
+        return self._states.present(self._one(page_ids))
+
+    def count(self, page_ids: Sequence[int]) -> int:
+        return 1
+
+    def _one(self, page_ids: Sequence[int]) -> list[int]:
+        """The first of each group."""
+        return list(page_ids[:: len(page_ids) // self._groups])
 
 
 def _page_of(pages: HostPages) -> tuple[int, int, int]:

@@ -22,12 +22,13 @@ from kvserver_vllm.fingerprint import changed_since, checkpoint_files, fingerpri
 from kvserver_vllm.layout import (
     CPU_ENCODING,
     LATENT_ENCODING,
+    STATE_PREFIX,
     TOKEN_ENCODING,
     LayerTensor,
     PageFormat,
     Pages,
 )
-from kvserver_vllm.messages import RankInfo
+from kvserver_vllm.messages import STATE, RankInfo
 
 VERSION_MIN = (0, 31)
 VERSION_MAX = (0, 33)
@@ -37,7 +38,8 @@ _TOKEN_BACKENDS = frozenset({"FLASH_ATTN"})
 _LATENT_BACKENDS = frozenset({"CPU_MLA"})
 # Instruction sets of CPU attention that store K as [D, N] and V as [N, D].
 _TRANSPOSED_ISAS = frozenset({"vec", "vec16"})
-_SPEC_KINDS = ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec")
+STATE_KIND = "MambaSpec"
+_SPEC_KINDS = ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec", STATE_KIND)
 
 
 def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
@@ -63,8 +65,55 @@ def require_supported(version: str, config: Any, kv_cache_config: Any) -> None:
         raise UnsupportedError(
             f"speculative method {speculative.method!r} keeps KV of its own; ngram is supported"
         )
+    if any(keeps_state(group) for group in kv_cache_config.kv_cache_groups):
+        require_states(config)
     require_numbers(config)
     checkpoint_files(weights_path(config))
+
+
+def require_states(config: Any) -> None:
+    """UnsupportedError unless a state lies in one piece and stands for the last token computed."""
+    mode = getattr(config.cache_config, "mamba_cache_mode", "none")
+    if mode != "none":
+        raise UnsupportedError(
+            f"recurrent state with mamba_cache_mode {mode!r}: set enable_prefix_caching to false"
+        )
+    if config.speculative_config is not None:
+        raise UnsupportedError("recurrent state with speculative decoding: it runs ahead")
+    size = int(config.parallel_config.tensor_parallel_size)
+    if size > 1:
+        raise UnsupportedError(
+            f"recurrent state with tensor_parallel_size {size}: only 1 is supported"
+        )
+
+
+def keeps_state(group: Any) -> bool:
+    """Whether a KV cache group holds a recurrent state, one block a request."""
+    return all(type(spec).__name__ == STATE_KIND for spec in specs_of(group))
+
+
+def state_info(names: Sequence[str], spec: Any, pages: Pages, block_tokens: int) -> RankInfo:
+    """What a rank holds of layers that keep a state: a page that stands for a whole hub block."""
+    kind = getattr(spec.mamba_type, "name", str(spec.mamba_type)).lower()
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in spec.dtypes]
+    return RankInfo(
+        layers=tuple(layer_index(name) for name in names),
+        head_start=0,
+        heads=1,
+        encoding=state_encoding(kind),
+        kv_dtype="+".join(dtypes),
+        page_tokens=block_tokens,
+        page_bytes=pages.format.page_bytes,
+        window=STATE,
+    )
+
+
+def state_encoding(kind: str) -> str:
+    """The content encoding of a recurrent state. How a convolution's state lies is vLLM's choice by
+    machine and environment."""
+    from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout
+
+    return f"{STATE_PREFIX}{kind}-{get_conv_state_layout().lower()}/1"
 
 
 def weights_path(config: Any) -> Path:
@@ -183,7 +232,7 @@ def head_range(config: Any, rank: int) -> tuple[int, int]:
 
 def replicas(config: Any) -> int:
     """Consecutive ranks that hold the same heads."""
-    return max(1, int(config.parallel_config.tensor_parallel_size) // kv_heads(config))
+    return max(1, int(config.parallel_config.tensor_parallel_size) // max(1, kv_heads(config)))
 
 
 def kv_heads(config: Any) -> int:
@@ -239,7 +288,7 @@ def build_spec(
         kv_dtype=info.kv_dtype,
         encoding=info.encoding,
         layers=layers,
-        kv_heads=kv_heads(config),
+        kv_heads=1 if info.window == STATE else kv_heads(config),
         page_bytes=info.page_bytes,
         page_tokens=info.page_tokens,
         block_tokens=block_tokens,

@@ -10,6 +10,7 @@ Encodings:
   * `flash-kv/1`     K||V per token and head, one row a token. Pages of 16 tokens.
   * `mla-rows/1`     multi-head latent attention: one latent a token, the same for all heads. Pages
     of 16 tokens.
+  * `state-.../1`    a recurrent state, one for all tokens before: bytes as the engine holds them.
   * anything else    the bytes of a whole engine block, opaque. `page_tokens` is then the engine's
     block size, and since it belongs to the namespace, other block sizes never meet it.
 
@@ -35,6 +36,7 @@ Addresses = npt.NDArray[np.uint64]
 CPU_ENCODING = "cpu-attn-kt/1"
 TOKEN_ENCODING = "flash-kv/1"
 LATENT_ENCODING = "mla-rows/1"
+STATE_PREFIX = "state-"
 CPU_PAGE_TOKENS = 32
 TOKEN_PAGE_TOKENS = 16
 SKIP = -1
@@ -199,8 +201,10 @@ class PageFormat:
 
 
 def has_tails(encoding: str) -> bool:
-    """Whether a page of this encoding can be filled in part: the rest of it can be zeroed."""
-    return encoding in (CPU_ENCODING, TOKEN_ENCODING, LATENT_ENCODING)
+    """Whether a page of this encoding can be filled in part: the rest of it can be zeroed. A state
+    is always whole."""
+    named = encoding in (CPU_ENCODING, TOKEN_ENCODING, LATENT_ENCODING)
+    return named or encoding.startswith(STATE_PREFIX)
 
 
 def _require_whole_pages(tokens: int, page: int) -> None:

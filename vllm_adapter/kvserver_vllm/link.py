@@ -265,15 +265,17 @@ class HubLink:
             for namespace, need, one in zip(namespaces, needs, found, strict=True):
                 if one.usable_blocks != usable and need.kind != "every":
                     await namespace.lookup(asked[:usable], pin_s=pin_s, need=[need])
-        return Answer(usable, live, tuple(int(tier) for tier in found[0].tiers))
+        complete = int((found[0].states == BlockState.COMPLETE).sum())
+        return Answer(usable, live, tuple(int(tier) for tier in found[0].tiers), complete)
 
     async def announce(
         self, sections: Sequence[Section], hashes: Sequence[bytes], ttl_s: float
     ) -> None:
+        """Of recurrent states only the last one is coming."""
         try:
             async with asyncio.timeout(CALL_S):
-                coming = list(hashes[: self.keys_max])
                 for section in sections:
+                    coming = list(hashes[-1:] if section.recurrent else hashes[: self.keys_max])
                     namespace = await self.namespace(section.spec)
                     await namespace.announce(coming, min(ttl_s, self._limits.announce_ttl_s_max))
         except (KVError, TimeoutError) as error:
@@ -355,5 +357,7 @@ class HubLink:
 
 
 def _need(section: Section, namespace: AsyncNamespace, tail: bool) -> Need:
+    if section.recurrent:
+        return Need("state")
     blocks = section.blocks_needed(namespace.grid.block_tokens, tail=tail)
     return Need("last", blocks) if blocks else Need("every")

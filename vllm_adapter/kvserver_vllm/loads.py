@@ -133,6 +133,8 @@ class Loads:
         blocks = tuple(
             common.block_pages(tracked, range(first, last), tables, begin=begin, tail=tail)
         )
+        if common.recurrent:
+            blocks = (*common.without_states(blocks[:-1]), blocks[-1])
         now = common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
         longest = common.settings.load_deadline_ms / 1e3

@@ -52,10 +52,9 @@ class Lookups:
         tracked.answer = None
         tracked.missed = False
         wanted = common.loads and not _reads_nothing(tracked.request) and common.hub.responsive
-        blocks, prompt = (
-            tracked.request.num_tokens // common.block,
-            tracked.request.num_prompt_tokens,
-        )
+        # A state after the last token is of no use: that token is computed again.
+        blocks = (tracked.request.num_tokens - common.recurrent) // common.block
+        prompt = tracked.prompt_tokens
         unfinished = prompt % common.block > 0 and blocks == prompt // common.block
         tracked.tail = unfinished and tracked.handed and common.tails
         tracked.asked_blocks = blocks + tracked.tail
@@ -70,7 +69,7 @@ class Lookups:
             if tracked.chain is None:
                 lora = tracked.request.lora_request
                 digest = common.adapter_digest(lora) if lora is not None else b""
-                tracked.chain = Chain(tracked.request, common.block, digest)
+                tracked.chain = Chain(tracked.request, common.block, digest, tracked.prompt_tokens)
             tracked.chain.extend(blocks)
             if tracked.tail or tracked.hands_off:
                 tracked.chain.extend_to_tail()

@@ -19,6 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 STALL_S = 1.0
 """Without progress for this long, a writer or the hub counts as gone."""
+STATE = -1
+"""In place of a window: these layers keep one recurrent state, and nothing of single tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class RankInfo:
     page_tokens: int
     page_bytes: int
     window: int = 0
-    """Tokens that these layers attend to, 0: all."""
+    """Tokens that these layers attend to, 0: all, or STATE."""
     trimmed: bool = False
     """The engine gives up the KV of tokens that the window has left behind."""
     groups: tuple[int, ...] = (0,)
@@ -57,11 +59,16 @@ class Section:
     layer_start: dict[int, int]
     """First layer of each pipeline rank in the namespace's grid."""
     window: int = 0
-    """Tokens that its layers attend to, 0: all. No two sections of an engine have the same."""
+    """Tokens that its layers attend to, 0: all, or STATE. No two sections of an engine have the
+    same."""
     trimmed: bool = False
     """Only the window at a prefix's end is needed of it."""
     groups: tuple[int, ...] = (0,)
     """KV cache groups of the engine that hold its layers."""
+
+    @property
+    def recurrent(self) -> bool:
+        return self.window == STATE
 
     def blocks_needed(self, block_tokens: int, *, tail: bool = False) -> int:
         """How many of a prefix's last blocks are needed, 0: all. They hold the `window` - 1 tokens

@@ -33,9 +33,9 @@ class Patience:
             return 0.0
         if tracked.waits_since is None:
             tracked.waits_since = tracked.progress_at = now
-        elif answer.usable > tracked.progress:
+        elif answer.progress > tracked.progress:
             tracked.progress_at = now
-        tracked.progress = answer.usable
+        tracked.progress = answer.progress
         left = tracked.waits_since + self._longest(tracked, answer, blocks) - now
         if answer.live > answer.usable:
             if self._saves.own(tracked.keys(answer.usable, answer.usable + 1)[0]):

@@ -20,7 +20,7 @@ from kvclient import AsyncNamespace, Granted, KVError
 from kvproto.grid import Region
 from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import SKIP
-from kvserver_vllm.messages import BlockPages, LoadJob, StepMeta
+from kvserver_vllm.messages import STATE, BlockPages, LoadJob, StepMeta
 from kvserver_vllm.rank import Rank
 from kvserver_vllm.staging import Stagings
 
@@ -213,15 +213,20 @@ class Pulls:
             outbox.received.add(job.request)
             if missing and not aborted:
                 outbox.failed[job.request] = min(missing)
-                if len(self._rank.group_tokens) > 1:
+                if not self._by_block:
                     outbox.lost.add(job.request)
                 for index in missing:
                     outbox.invalid.update(self._engine_blocks(job.blocks[index]))
 
-    def _engine_blocks(self, block: BlockPages) -> set[int]:
+    @property
+    def _by_block(self) -> bool:
         """vLLM takes failed blocks by their id where there is one KV cache group; with several it
-        takes failed requests only."""
-        if len(self._rank.group_tokens) > 1:
+        takes failed requests only. Without its state nothing of a prefix is of use."""
+        states = any(section.window == STATE for section in self._rank.sections)
+        return len(self._rank.group_tokens) == 1 and not states
+
+    def _engine_blocks(self, block: BlockPages) -> set[int]:
+        if not self._by_block:
             return set()
         per_block = self._rank.group_tokens[0] // self._rank.page_tokens
         return {page // per_block for page in block.pages if page != SKIP}

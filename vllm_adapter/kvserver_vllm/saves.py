@@ -5,7 +5,9 @@ Rules:
      the prompt is handed off.
   2. What was announced is written or withdrawn; a long prompt's announcement is renewed.
   3. Pages under a push are pinned in the block pool until every rank has let go of them.
-  4. Pushes of requests that are over may pin a bounded share of the pool.
+  4. A recurrent state is saved as it stands after a prompt that is handed off: elsewhere the next
+     step would change it under the push. Without one, blocks of such an engine are of no use.
+  5. Pushes of requests that are over may pin a bounded share of the pool.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Saves:
         if tracked.announced is not None or not common.saves or not common.sections:
             return
         tracked.announced = []
-        if chain is None or not common.hub.responsive:
+        if chain is None or not common.hub.responsive or not self._wanted(tracked):
             return
         coming = chain.hashes[tracked.saved : chain.prompt_blocks]
         if self._pushes_tail(tracked):
@@ -126,7 +128,7 @@ class Saves:
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
-            if tracked is None:
+            if tracked is None or not self._wanted(tracked):
                 continue
             request = tracked.request
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
@@ -142,6 +144,10 @@ class Saves:
             if tables is None:
                 continue
             completed = self._completed(tracked, full, tail, tables)
+            if self._common.recurrent:
+                stateless = len(completed) - (computed == tracked.prompt_tokens)
+                before, last = completed[:stateless], completed[stateless:]
+                completed = self._common.without_states(before) + last
             self._ordered(tracked, completed, now)
             for block in completed:
                 if block.hash in taken or self._pins.saving(block.hash):
@@ -167,6 +173,10 @@ class Saves:
             at = chain.prompt_blocks
             blocks += common.block_pages(tracked, range(at, at + 1), tables, tail=True)
         return blocks
+
+    def _wanted(self, tracked: Tracked) -> bool:
+        """Whether anybody could use what this request computes."""
+        return tracked.hands_off or not self._common.recurrent
 
     def _pushes_tail(self, tracked: Tracked) -> bool:
         """Tails are pushed for hand-offs only: whoever else asked would have to ask for just that

@@ -77,6 +77,9 @@ class SchedulerHalf:
         call from the hub's thread."""
         self._common.tails = tails
         self._common.page_tokens = page_tokens
+        self._common.state_groups = frozenset(
+            group for section in sections if section.recurrent for group in section.groups
+        )
         self._common.sections = tuple(sections)
 
     def forget(self) -> None:
@@ -105,7 +108,20 @@ class SchedulerHalf:
         if not self._common.sections:
             tracked.missed = True
         else:
+            if self._common.recurrent:
+                self._hold_one_back(tracked)
             self._lookups.begin(tracked)
+
+    def _hold_one_back(self, tracked: Tracked) -> None:
+        """A state is what all tokens before it made of it, and the prompt's last token is computed
+        by whoever answers: what is handed over is the state before that one. A prefill leg, whose
+        own token nobody wants, does not compute it at all."""
+        request = tracked.request
+        if tracked.handed:
+            tracked.prompt_tokens -= 1
+        elif tracked.hands_off:
+            shortened = self._common.saves and shorten(request)
+            tracked.hands_off, tracked.prompt_tokens = shortened, int(request.num_prompt_tokens)
 
     def matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens: (tokens beyond `computed` | None, asynchronous)."""
@@ -187,3 +203,17 @@ class SchedulerHalf:
     def has_pending_work(self) -> bool:
         """Whether ranks still owe reports: the engine keeps stepping meanwhile."""
         return bool(self._saves.jobs or self._loads.aborting or self._fetches.dropping)
+
+
+def shorten(request: Any) -> bool:
+    """Take the last token from a prompt that vLLM has not scheduled yet, and let it answer with one
+    token. Whether that could be done."""
+    if request.prompt_token_ids is None or request.num_prompt_tokens < 2:
+        return False
+    if request.prompt_embeds is not None or request.num_tokens > request.num_prompt_tokens:
+        return False
+    request.prompt_token_ids = request.prompt_token_ids[:-1]
+    del request._all_token_ids[-1:]
+    request.num_prompt_tokens -= 1
+    request.max_tokens = 1
+    return True

@@ -39,7 +39,7 @@ class FullAttentionSpec:
     pass
 
 
-class MambaSpec:
+class ChunkedLocalAttentionSpec:
     pass
 
 
@@ -101,7 +101,12 @@ def test_supported_engines_pass(model: Path, version: str) -> None:
             [FullAttentionSpec],
             "prefill_context_parallel_size is 2",
         ),
-        ("0.32.0", {}, [FullAttentionSpec, MambaSpec], "MambaSpec"),
+        (
+            "0.32.0",
+            {},
+            [FullAttentionSpec, ChunkedLocalAttentionSpec],
+            "ChunkedLocalAttentionSpec",
+        ),
         (
             "0.32.0",
             {"speculative_config": SimpleNamespace(method="eagle")},
