@@ -194,13 +194,14 @@ class Loads:
 
     def _count(self, load: Load) -> None:
         """What it brought: nothing to a request that is over, and where vLLM has several KV cache
-        groups, nothing if any of it failed."""
-        came = load.failed
-        if load.aborted or (came is not None and len(self._common.group_tokens) > 1):
+        groups or a state, nothing if any of it failed."""
+        common, came = self._common, load.failed
+        whole = len(common.group_tokens) > 1 or common.recurrent
+        if load.aborted or (came is not None and whole):
             came = 0
         for tier, tokens in load.counts(came).items():
             if tier in TIERS:
-                self._common.count(f"hit_tokens.{TIERS[tier]}", tokens)
+                common.count(f"hit_tokens.{TIERS[tier]}", tokens)
 
     def tiers_of(self, request: str) -> dict[int, int]:
         """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
@@ -221,6 +222,9 @@ class Loads:
             here = min(left, self._common.page_tokens * sum(p != SKIP for p in pages))
             found.append((tier, here))
             left -= here
+        if self._common.recurrent:  # alone, a state brings all tokens before it
+            tier, here = found[-1]
+            found[-1] = (tier, here + left)
         return found
 
     def _first_section(self, pages: Sequence[int]) -> Sequence[int]:
