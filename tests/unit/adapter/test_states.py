@@ -26,6 +26,7 @@ from kvserver_vllm.messages import (
     STATE,
     BlockPages,
     LoadJob,
+    RankHolds,
     RankReport,
     SaveJob,
     Section,
@@ -190,7 +191,7 @@ def test_states_are_a_section_of_their_own_and_the_last_one() -> None:
     assert held.encoding == "state-mamba2-sd/1"
     assert has_tails(held.encoding)
     assert section_attribute({(0, 0): held}, 2) == {"section": "state"}
-    assert by_section({(0, 0): SimpleNamespace(sections=(held,))}) == [{(0, 0): held}]  # type: ignore[dict-item]
+    assert by_section({(0, 0): RankHolds((held,))}) == [{(0, 0): held}]
     assert _need(STATES, SimpleNamespace(), tail=True).kind == "state"  # type: ignore[arg-type]
 
 
