@@ -40,7 +40,7 @@ TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
 
 # Token ids; or the seed, tokens and hidden size of random embeddings; or token ids (`ids`), and the
-# seed (`image`) and width (`pixels`) of a random image that their placeholder stands for.
+# seed (`image`) and width (`pixels`) of a random image before them.
 Prompt = Sequence[int] | Mapping[str, Any]
 
 
