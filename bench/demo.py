@@ -87,7 +87,7 @@ class Demo:
     def __init__(self, clock: Clock, stack: ExitStack) -> None:
         self._clock = clock
         self._stack = stack
-        self._scratch = Path(stack.enter_context(_directory(Path(tempfile.gettempdir()))))
+        self._scratch = Path(stack.enter_context(scratch_directory(Path(tempfile.gettempdir()))))
         self._model = self._scratch / "model"
         self._events = self._scratch / "events.jsonl"
         self._prompts = [prompt(100 + i, n, DEMO) for i, n in enumerate(PROMPT_TOKENS)]
@@ -140,7 +140,7 @@ class Demo:
                         log_path=log,
                         environment={"TMPDIR": str(self._scratch)},
                     )
-                    stack.callback(_end, engine)
+                    stack.callback(end_engine, engine)
                     engines.append(engine)
                 for engine in engines:
                     engine.wait_ready()
@@ -187,7 +187,7 @@ class Demo:
     def _start_hub(self) -> ServerProcess:
         shm_free = shutil.disk_usage(SHM).free if SHM.is_dir() else 0
         parent = SHM if shm_free >= SHM_FREE_BYTES_MIN else Path(tempfile.gettempdir())
-        host_dir = self._stack.enter_context(_directory(parent))
+        host_dir = self._stack.enter_context(scratch_directory(parent))
         hub = start_server(
             self._scratch,
             host_dir=host_dir,
@@ -229,7 +229,7 @@ def _write(directory: Path) -> None:
 
 
 @contextmanager
-def _directory(parent: Path) -> Iterator[str]:
+def scratch_directory(parent: Path) -> Iterator[str]:
     path = tempfile.mkdtemp(prefix="kvserver-demo-", dir=parent)
     try:
         yield path
@@ -237,7 +237,7 @@ def _directory(parent: Path) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _end(engine: Engine) -> None:
+def end_engine(engine: Engine) -> None:
     """End an engine at once: its work is done, or does not matter any more."""
     with suppress(ProcessLookupError):
         os.killpg(engine.pid, signal.SIGKILL)

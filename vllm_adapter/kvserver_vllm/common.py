@@ -80,6 +80,7 @@ class Tracked:
         self.progress = 0
         self.progress_at = 0.0
         self.matched_from = self.matched_to = 0  # tokens that a load brings
+        self.offered = 0  # of them, as vLLM was told
         self.announced: list[bytes] | None = None
         self.announced_at = 0.0
         self.saved = 0
@@ -172,14 +173,19 @@ class Common:
             tracked.request.request_id,
             chain.parent(blocks.start),
         )
+        names = chain.hashes[blocks.start : blocks.stop - tail]
+        if tail:
+            names.append(chain.tail)
         found = []
-        for position, index in enumerate(blocks):
-            last = tail and index == blocks.stop - 1
-            name = chain.tail if last else chain.hashes[index]
-            part = slice(position * whole, (position + 1) * whole)
-            its = tuple(page for pages in groups for page in pages[part])
-            found.append(BlockPages(name, parent, its, request, last_tokens if last else block))
+        for at, name in zip(range(0, len(names) * whole, whole), names, strict=True):
+            if len(groups) == 1:
+                its = tuple(groups[0][at : at + whole])
+            else:
+                its = tuple(page for pages in groups for page in pages[at : at + whole])
+            found.append(BlockPages(name, parent, its, request, block))
             parent = name
+        if tail:
+            found[-1] = found[-1]._replace(tokens=last_tokens)
         return found
 
     def _group_pages(

@@ -124,12 +124,15 @@ class Loads:
     def start(
         self, tracked: Tracked, tables: Sequence[Sequence[int]], tokens: int, *, fetched: bool
     ) -> None:
-        """The engine gave blocks to a request whose `tokens` come from the hub, or from a fetch."""
+        """The engine gave blocks to a request whose `tokens` come from the hub, or from a fetch: as
+        many as it was offered, or fewer."""
         common = self._common
         request = tracked.request.request_id
         begin, stop = tracked.matched_from, tracked.matched_to
+        if tokens < tracked.offered:
+            stop = begin + tokens
         first, last = begin // common.block, -(-stop // common.block)
-        tail = stop < last * common.block
+        tail = tracked.tail and last * common.block > tracked.request.num_prompt_tokens
         blocks = tuple(
             common.block_pages(tracked, range(first, last), tables, begin=begin, tail=tail)
         )

@@ -141,7 +141,7 @@ class Lookups:
                 return None, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)
-        tracked.matched_from, tracked.matched_to = computed, covered
+        tracked.matched_from, tracked.matched_to, tracked.offered = computed, covered, tokens
         return tokens, True
 
     def _begin_fetch(self, tracked: Tracked, blocks: int, computed: int, longest: float) -> bool:
@@ -174,7 +174,7 @@ class Lookups:
             return 0, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)
-        tracked.matched_from, tracked.matched_to = computed, covered
+        tracked.matched_from, tracked.matched_to, tracked.offered = computed, covered, tokens
         return tokens, True
 
     def _held_back(self, tracked: Tracked, covered: int) -> int:

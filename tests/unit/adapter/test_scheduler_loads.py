@@ -51,6 +51,17 @@ def test_a_load_names_the_pages_of_its_own_blocks_once(world: World) -> None:
     assert world.step().loads == []
 
 
+def test_vllm_may_take_less_than_it_is_offered(world: World) -> None:
+    """0.33 does where it lacks other outputs of a prefix's tokens, as the experts they went to."""
+    request = world.new(FakeRequest("a", 900), usable=7)
+    assert world.match(request) == (7 * BLOCK, True)
+    table = world.alloc(request, 300)
+    (job,) = world.step().loads
+    assert [block.hash for block in job.blocks] == request.hashes()[:3]
+    assert [page for block in job.blocks for page in block.pages] == table[:12]
+    assert world.half.tiers_of(request) == {2: 300}
+
+
 def test_pages_that_the_engine_has_itself_are_skipped(world: World) -> None:
     request = world.new(FakeRequest("a", 400), usable=3)
     (job,) = start_load(world, request, computed=160).loads
