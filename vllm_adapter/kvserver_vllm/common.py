@@ -222,9 +222,11 @@ class Common:
             found.append(block._replace(pages=tuple(pages)))
         return found
 
-    def engine_blocks(self, block: BlockPages) -> list[int]:
+    def engine_blocks(self, block: BlockPages) -> Sequence[int]:
         """The engine blocks that its pages lie in."""
         if self.group_tokens == (self.page_tokens,):
+            if SKIP not in block.pages:
+                return block.pages
             return [page for page in block.pages if page != SKIP]
         found: set[int] = set()
         for group, group_tokens in enumerate(self.group_tokens):

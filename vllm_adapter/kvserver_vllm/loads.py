@@ -132,7 +132,8 @@ class Loads:
         if tokens < tracked.offered:
             stop = begin + tokens
         first, last = begin // common.block, -(-stop // common.block)
-        tail = tracked.tail and last * common.block > tracked.request.num_prompt_tokens
+        assert tracked.chain is not None
+        tail = tracked.tail and last > tracked.chain.prompt_blocks
         blocks = tuple(
             common.block_pages(tracked, range(first, last), tables, begin=begin, tail=tail)
         )

@@ -21,7 +21,8 @@ class PinLedger:
         self._blocks: dict[int, list[Any]] = {}
         self._left: dict[int, int] = {}
         self._keys: dict[int, list[bytes]] = {}
-        self._saving: set[bytes] = set()
+        self.saving: set[bytes] = set()
+        """Keys on their way."""
         self._owners: dict[int, dict[str, int]] = {}
         self._orphans: dict[int, int] = {}
 
@@ -37,23 +38,21 @@ class PinLedger:
         """Engine blocks pinned for requests that are over."""
         return sum(self._orphans.values())
 
-    def saving(self, key: bytes) -> bool:
-        return key in self._saving
-
-    def pin(self, job: int, part: Sequence[tuple[BlockPages, list[int]]]) -> None:
+    def pin(self, job: int, part: Sequence[tuple[BlockPages, Sequence[int]]]) -> None:
         owners: dict[str, int] = {}
-        blocks = []
+        pinned: list[int] = []
         for block, ids in part:
             owners[block.request] = owners.get(block.request, 0) + len(ids)
-            if self._pool is not None:
-                blocks += [self._pool.blocks[i] for i in ids]
+            pinned += ids
+        blocks = []
         if self._pool is not None:
+            blocks = list(map(self._pool.blocks.__getitem__, pinned))
             self._pool.touch(blocks)
         self._blocks[job] = blocks
         self._left[job] = self._ranks
         self._owners[job] = owners
         self._keys[job] = [block.hash for block, _ in part]
-        self._saving.update(self._keys[job])
+        self.saving.update(self._keys[job])
 
     def orphan(self, request: str) -> None:
         for job, owners in self._owners.items():
@@ -70,6 +69,6 @@ class PinLedger:
         blocks = self._blocks.pop(job)
         if self._pool is not None:
             self._pool.free_blocks(reversed(blocks))
-        self._saving.difference_update(self._keys.pop(job))
+        self.saving.difference_update(self._keys.pop(job))
         self._owners.pop(job, None)
         self._orphans.pop(job, None)

@@ -47,7 +47,7 @@ class Saves:
 
     def own(self, key: bytes) -> bool:
         """Whether this engine itself is about to write that block, or is writing it."""
-        return key in self._own or self._pins.saving(key)
+        return key in self._own or key in self._pins.saving
 
     def announce(self, tracked: Tracked) -> None:
         """Say that the blocks of this prompt which the hub lacks are about to be computed."""
@@ -121,9 +121,9 @@ class Saves:
 
     def _blocks(
         self, output: Any, requests: dict[str, Tracked]
-    ) -> list[tuple[BlockPages, list[int]]]:
+    ) -> list[tuple[BlockPages, Sequence[int]]]:
         """Blocks that are complete after this step, each with the engine blocks to pin."""
-        found: list[tuple[BlockPages, list[int]]] = []
+        found: list[tuple[BlockPages, Sequence[int]]] = []
         now = self._common.clock()
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -150,11 +150,10 @@ class Saves:
                 completed = self._common.without_states(before) + last
             self._ordered(tracked, completed, now)
             for block in completed:
-                if block.hash in taken or self._pins.saving(block.hash):
+                name = block.hash
+                if name in taken or name in self._pins.saving or not self._common.savable(block):
                     continue
-                if not self._common.savable(block):
-                    continue
-                taken.add(block.hash)
+                taken.add(name)
                 found.append((block, self._common.engine_blocks(block)))
         return found
 
