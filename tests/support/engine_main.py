@@ -7,6 +7,8 @@ output when the process began; everything that vLLM prints goes to standard erro
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import queue
@@ -70,6 +72,11 @@ def serve(settings: dict[str, Any]) -> None:
     def answer(**fields: object) -> None:
         answers.write(json.dumps(fields) + "\n")
 
+    threads = settings.pop("torch_threads", 0)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
     from vllm import LLM
 
     try:
@@ -97,6 +104,7 @@ class Driver:
         self._engine = engine.llm_engine
         self._count = 0
         self._preempted: set[str] = set()
+        self._originals: dict[str, Any] = {}
 
     def run(self, commands: queue.Queue[dict[str, Any]], answer: Any) -> None:
         while True:
@@ -192,6 +200,68 @@ class Driver:
         self._engine.abort_request([name])
         self._drain()
         return {"free": self._free()}
+
+    def _cut(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Generate, and cut the first prompt once `computed` tokens of it are, or are about to be:
+        it is aborted between two steps, or this process gets a signal when `layer` is done."""
+        names = [
+            self._add(prompt, command["tokens"], 0, **command["sampling"])
+            for prompt in command["prompts"]
+        ]
+        victim, at, signal_number = names[0], 0.0, command["signal"]
+        if signal_number:
+            self._signal_in(victim, command)
+        while self._engine.has_unfinished_requests():
+            if not (signal_number or at) and self._computed(victim) >= command["computed"]:
+                time.sleep(command["hold_s"])
+                at = time.monotonic()
+                self._engine.abort_request([victim])
+            self._step()
+        self._drain()
+        return {"at": at, "free": self._free()}
+
+    def _hamper(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Hold each call of a push to the hub back by the next of `delays`, over and over; with
+        `unpinned`, let go of the pages that pushes read, for a control."""
+        from kvclient import AsyncNamespace, Reservation
+
+        delays = itertools.cycle(command["delays"])
+
+        def late(call: Any) -> Any:
+            async def delayed(*args: Any, **kwargs: Any) -> Any:
+                await asyncio.sleep(next(delays))
+                return await call(*args, **kwargs)
+
+            return delayed
+
+        for owner, name in ((AsyncNamespace, "reserve"), (Reservation, "commit")):
+            original = self._originals.setdefault(name, getattr(owner, name))
+            setattr(owner, name, late(original))
+        if command["unpinned"]:
+            self._scheduler.connector._scheduler._saves.bind(None)
+        return {"done": True}
+
+    def _computed(self, name: str) -> int:
+        """Tokens of a request that are computed, while a step runs with those that it computes."""
+        requests = self._scheduler.requests.values()
+        found = [one for one in requests if one.request_id.startswith(f"{name}-")]
+        return int(found[0].num_computed_tokens) if found else 0
+
+    def _signal_in(self, name: str, command: dict[str, Any]) -> None:
+        """In the step that has computed that many tokens of a request, after that layer's hook."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector, layer = get_kv_transfer_group(), command["layer"]
+        hook = connector.save_kv_layer
+
+        def save_kv_layer(layer_name: str, *args: Any, **kwargs: Any) -> None:
+            hook(layer_name, *args, **kwargs)
+            if f".{layer}." in layer_name and self._computed(name) >= command["computed"]:
+                connector.save_kv_layer = hook
+                time.sleep(command["hold_s"])
+                os.kill(os.getpid(), command["signal"])
+
+        connector.save_kv_layer = save_kv_layer
 
     def _reload_in(self, command: dict[str, Any]) -> dict[str, Any]:
         """Step until the request is in that phase, reset every cache as a weight update does,

@@ -126,10 +126,12 @@ class Engine:
         log_path: Path | None = None,
         multiprocess: bool = False,
         runner: Sequence[str] = (),
+        torch_threads: int = 0,
         **options: object,
     ) -> Engine:
         """Start the process without waiting; `wait_ready` does. `config` is kv_transfer_config,
-        `options` go to `vllm.LLM`; `runner` stands before its command."""
+        `options` go to `vllm.LLM`; `runner` stands before its command. `torch_threads` compute,
+        default one a core: engines that are to run side by side get in each other's way so."""
         if log_path is None:
             handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
             os.close(handle)
@@ -146,6 +148,7 @@ class Engine:
             "tensor_parallel_size": tensor_parallel,
             "pipeline_parallel_size": pipeline_parallel,
             "kv_transfer_config": dict(config) if config else None,
+            "torch_threads": torch_threads,
             **options,
         }
         variables = {
@@ -234,6 +237,43 @@ class Engine:
         decode. The blocks that are free once the engine has come to rest."""
         call = self._send("abort_in", phase=phase, prompt=list(prompt), tokens=tokens)
         return int(self._wait(call, CALL_S)["free"])
+
+    def begin_cut(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        computed: int,
+        signal_number: int = 0,
+        layer: int = 0,
+        hold_s: float = 0.0,
+        tokens: int = 1,
+        **sampling: object,
+    ) -> int:
+        """Start generating; abort the first prompt once `computed` tokens of it are computed. With
+        `signal_number`, the engine gets that signal instead, in the step that computes the last of
+        them, when `layer` is done. Its own thread stands still for `hold_s` before. `finish_cut`
+        collects."""
+        return self._send(
+            "cut",
+            prompts=[list(prompt) for prompt in prompts],
+            computed=computed,
+            signal=signal_number,
+            layer=layer,
+            hold_s=hold_s,
+            tokens=tokens,
+            sampling=sampling,
+        )
+
+    def finish_cut(self, call: int) -> tuple[float, int]:
+        """When the request was aborted (monotonic; 0: it was not), and the engine's free blocks
+        once it has come to rest."""
+        answer = self._wait(call, CALL_S)
+        return float(answer["at"]), int(answer["free"])
+
+    def hamper(self, delays: Sequence[float], *, unpinned: bool = False) -> None:
+        """From now on, hold each call of a push to the hub back by the next of `delays` (seconds),
+        over and over. `unpinned`: pushes do not pin their pages any more."""
+        self._wait(self._send("hamper", delays=list(delays), unpinned=unpinned), CALL_S)
 
     def reload_in(
         self, phase: str, prompt: Sequence[int], path: Path, *, tokens: int
@@ -344,6 +384,21 @@ class Engine:
         with contextlib.suppress(EngineError):
             self.stop()
         self.close()
+
+    def wait_gone(self, timeout_s: float = 10.0) -> None:
+        """Wait until the process has ended by itself, or by a signal."""
+        self._process.wait(timeout_s)
+
+    def wait_stopped(self, timeout_s: float = 60.0) -> None:
+        """Wait until a signal has stopped the process (SIGSTOP)."""
+        deadline = time.monotonic() + timeout_s
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, f"not stopped within {timeout_s} s:\n{self.log()}"
+            time.sleep(0.01)
+
+    def proceed(self) -> None:
+        """Let a stopped process go on."""
+        os.kill(self.pid, signal.SIGCONT)
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
