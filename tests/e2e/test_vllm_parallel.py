@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvproto.prefix import prefix_hashes
+from tests.support.cutting import SeveringRelay
 from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
@@ -22,15 +23,15 @@ from tests.support.kv_oracle import (
     wait_for,
     wait_pushed,
 )
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
-from tests.support.ways import Way
+from tests.support.ways import WAYS, Way
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 BLOCK, TOKENS = 128, 12
-ONE, OTHER, DAMAGED = prompt(11, 700), prompt(12, 500), prompt(13, 640)
+ONE, OTHER, DAMAGED, CUT = prompt(11, 700), prompt(12, 500), prompt(13, 640), prompt(14, 640)
 BLOCK_BYTES = BLOCK * TINY.kv_bytes_per_token
 
 
@@ -179,3 +180,74 @@ def test_one_rank_whose_cells_are_damaged_has_both_compute_again_from_there(pair
     check_failed(events, DAMAGED, 2)
     again, events = pair.pull(DAMAGED)
     assert answer_complaints(again, computed) == []
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_cut_off_has_both_compute_again(tmp_path: Path) -> None:
+    """The other rank and the scheduler half still reach the hub, which says that all is there. Over
+    tcp: on the hub's host the shm socket would stand in."""
+    way, log = WAYS["tcp"], tmp_path / "log.jsonl"
+    model = write_model(tmp_path / "model", TINY)
+    with way.serve(tmp_path, host_bytes="128MiB") as hub, SeveringRelay(hub.address) as relay:
+        config = hub_config(relay.address, event_log=log, **way.settings(hub), **PATIENT)
+        with Engine.start(model, config=config, tensor_parallel=2) as engine:
+            wait_connected(log, 3)
+            computed = engine.generate(CUT, tokens=TOKENS)
+            wait_pushed(log, len(CUT) // BLOCK)
+            connected = [e for e in read_events(log) if e["event"] == "connected"]
+            (pid,) = {e["pid"] for e in connected if e.get("rank") == 1}
+            assert relay.sever(pid) > 0
+            try:
+                decoded, events = pull(engine, log, CUT)
+            finally:
+                relay.mend()
+            assert answer_complaints(decoded, computed) == []
+            assert decoded.total_s < 20
+            check_failed(events, CUT, 0)
+
+            def whole() -> bool:
+                answer, found = pull(engine, log, CUT)
+                assert answer_complaints(answer, computed) == []
+                pulled = ranks_of(found, "pulled", "")
+                return sorted(pulled) == [0, 1] and len(pulled[1]) == len(CUT) // BLOCK
+
+            wait_for("a hit of both ranks", whole, 30.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_that_hold_the_same_head_push_it_once(tmp_path: Path) -> None:
+    """Two ranks, one KV head: each pulls it, and one of them pushes it."""
+    shape = replace(TINY, kv_heads=1)
+    model = write_model(tmp_path / "model", shape)
+    logs = {size: tmp_path / f"tp{size}.jsonl" for size in (1, 2)}
+    engines: dict[int, Engine] = {}
+    with start_server(tmp_path, host_bytes="128MiB") as hub:
+        try:
+            for size, log in logs.items():
+                config = hub_config(hub.address, event_log=log, **PATIENT)
+                engines[size] = Engine.launch(model, config=config, tensor_parallel=size)
+            for size, engine in engines.items():
+                engine.wait_ready()
+                wait_connected(logs[size], {1: 1, 2: 3}[size])
+            for source, target, tokens in ((2, 1, ONE), (1, 2, OTHER)):
+                before = pushed_blocks(logs[source])
+                computed = engines[source].generate(tokens, tokens=TOKENS)
+                full = len(tokens) // BLOCK
+                wait_for("pushes", lambda: pushed_blocks(logs[source]) == before + full)  # noqa: B023
+                decoded = engines[target].generate(tokens, tokens=TOKENS)
+                assert answer_complaints(decoded, computed) == []
+                assert decoded.cached >= full * BLOCK - 1
+                pushed = ranks_of(read_events(logs[source]), "pushed", "")
+                assert {rank: len(found) for rank, found in pushed.items()} == {0: full}
+                pulled = ranks_of(read_events(logs[target]), "pulled", "")
+                want = dict.fromkeys(range(target), full)
+                assert {rank: len(found) for rank, found in pulled.items()} == want
+                for found in (*pushed.values(), *pulled.values()):
+                    assert {tuple(e["heads"]) for e in found} == {(0, 1)}
+                moved = [cells(read_events(logs[source]), "pushed")]
+                moved.append(cells(read_events(logs[target]), "pulled"))
+                assert page_complaints(*moved) == []
+        finally:
+            for engine in engines.values():
+                engine.end()

@@ -15,16 +15,18 @@ import torch
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from kvserver_vllm.common import Answer
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.grouped import GroupedPages, StatePages
 from kvserver_vllm.identity import require_states, state_info
 from kvserver_vllm.layout import CPU_ENCODING, SKIP, STATE_PREFIX, has_tails
-from kvserver_vllm.link import _need
+from kvserver_vllm.link import HubLink, _need
 from kvserver_vllm.messages import (
     STATE,
     BlockPages,
+    FetchProgress,
     LoadJob,
     RankHolds,
     RankReport,
@@ -157,6 +159,50 @@ def test_a_prompt_that_cannot_be_shortened_is_not_handed_off(world: World) -> No
     world.new(request, usable=None)
     assert request.num_tokens == 1
     assert world.half.finished(request, whole=True) is None
+
+
+def poll(world: World, request: FakeRequest, complete: int) -> tuple[int | None, bool]:
+    """A tenth of a second later, so many blocks of the layers with attention are complete."""
+    world.hub.turn()
+    reply = world.hub.lookups[-1][2]
+    if not reply.done():
+        reply.set_result(Answer(0, 4, (), complete))
+        world.hub.turn()
+    world.now += 0.1
+    return world.match(request)
+
+
+def test_blocks_that_come_are_progress_though_none_is_usable_before_the_state(world: World) -> None:
+    """A decode leg waits as long as the prefill comes along, and a second more."""
+    request = leg("a", 3 * BLOCK + 5, prefill=False)
+    world.new(request)
+    for complete in range(4):
+        for _ in range(8):
+            matched = poll(world, request, complete)
+            if world.step().fetches:
+                world.report(fetched={"a": FetchProgress(ended=True, refused=True)})
+            assert matched == (None, False), f"{complete} blocks"
+    answers = [poll(world, request, 3) for _ in range(12)]
+    assert answers[-1] == (0, False)
+
+
+def test_of_states_only_the_last_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[bytes]] = []
+
+    async def announce(hashes: list[bytes], ttl_s: float) -> None:
+        told.append(hashes)
+
+    async def namespace(spec: bytes, deadline_s: float = 5.0) -> SimpleNamespace:
+        return SimpleNamespace(announce=announce)
+
+    limits = SimpleNamespace(keys_per_call_max=10, announce_ttl_s_max=10.0)
+    monkeypatch.setattr(HubLink, "_limits", limits)
+    link = HubLink("hub:1", "", "test", 0.1, EventLog(""))
+    monkeypatch.setattr(link, "namespace", namespace)
+    names = [key(1), key(2), key(3)]
+    link.loop.run_until_complete(link.announce((FULL, STATES), names, 5.0))
+    link.loop.close()
+    assert told == [names, names[-1:]]
 
 
 # ---- what a section of states is -------------------------------------------------------------
