@@ -49,7 +49,7 @@ class Pair:
         before = pushed_blocks(self.single_log)
         answer = self.single.generate(tokens, tokens=TOKENS)
         want = before + len(tokens) // BLOCK
-        wait_for("pushes", lambda: pushed_blocks(self.single_log) == want)
+        wait_all_pushed(self.single_log, want)
         return answer
 
     def pull(self, tokens: list[int]) -> tuple[Generated, list[dict[str, Any]]]:
@@ -66,6 +66,10 @@ def pull(engine: Engine, log: Path, tokens: list[int]) -> tuple[Generated, list[
 
 def pushed_blocks(log: Path) -> int:
     return sum(event["event"] == "pushed" for event in read_events(log))
+
+
+def wait_all_pushed(log: Path, blocks: int) -> None:
+    wait_for("pushes", lambda: pushed_blocks(log) == blocks)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +238,7 @@ def test_ranks_that_hold_the_same_head_push_it_once(tmp_path: Path) -> None:
                 before = pushed_blocks(logs[source])
                 computed = engines[source].generate(tokens, tokens=TOKENS)
                 full = len(tokens) // BLOCK
-                wait_for("pushes", lambda: pushed_blocks(logs[source]) == before + full)  # noqa: B023
+                wait_all_pushed(logs[source], before + full)
                 decoded = engines[target].generate(tokens, tokens=TOKENS)
                 assert answer_complaints(decoded, computed) == []
                 assert decoded.cached >= full * BLOCK - 1
