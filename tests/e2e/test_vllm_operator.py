@@ -13,20 +13,13 @@ from tests.support.engines import PATIENT, Engine, hub_config
 from tests.support.kv_oracle import answer_complaints, wait_connected, wait_for, wait_pushed
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
+from tests.support.vllm_metrics import BLOCK, SOURCES, changed, figures, sources, wait_saved
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-BLOCK, TOKENS = 128, 8
+TOKENS = 8
 PROMPT = prompt(41, 640)
-PREFIX = "vllm:kvserver_"
-SOURCES = (
-    "prompt_tokens_by_source.local_compute",
-    "prompt_tokens_by_source.local_cache_hit",
-    "prompt_tokens_by_source.external_kv_transfer",
-    "external_prefix_cache_queries",
-    "external_prefix_cache_hits",
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +42,6 @@ def engine(
     with Engine.start(model, config=config) as engine:
         wait_connected(log)
         yield engine
-
-
-def figures(engine: Engine) -> dict[str, float]:
-    """The connector's, by name without the prefix."""
-    engine.idle(0.05)  # figures travel with steps
-    return {
-        name.removeprefix(PREFIX): value
-        for name, value in engine.metrics().items()
-        if name.startswith(PREFIX)
-    }
-
-
-def sources(engine: Engine) -> dict[str, float]:
-    """vLLM's own, of where prompts' tokens came from."""
-    engine.idle(0.05)
-    values = engine.metrics()
-    return {name: values.get(f"vllm:{name}", 0) for name in SOURCES}
-
-
-def wait_saved(engine: Engine, before: float, blocks: int) -> None:
-    """Until the connector has pushed so many blocks more than `before` bytes."""
-    wanted = before + blocks * BLOCK * TINY.kv_bytes_per_token
-    wait_for("the push in the metrics", lambda: figures(engine)["pushed_bytes"] >= wanted)
 
 
 def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) -> None:
@@ -160,7 +130,3 @@ def test_the_role_changes_with_requests_in_flight(engine: Engine, server: Server
     engine.generate(other, tokens=TOKENS)
     wait_for("the pushes", lambda: changed(stopped, figures(engine), "saves")[0] > 0)
     assert changed(stopped, figures(engine), "loads") == [1]
-
-
-def changed(before: dict[str, float], after: dict[str, float], *names: str) -> list[float]:
-    return [after[name] - before[name] for name in names]
