@@ -8,8 +8,9 @@ decoding wanders.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,19 @@ DEMO = Shape(hidden=1024, layers=12, heads=16, kv_heads=8, head_dim=64, intermed
 def write_model(directory: Path, shape: Shape = TINY, *, seed: int = 0) -> Path:
     """Write the model into `directory` (made if absent) and return it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_llama_config(shape))
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def _llama_config(shape: Shape) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -58,11 +69,6 @@ def write_model(directory: Path, shape: Shape = TINY, *, seed: int = 0) -> Path:
         eos_token_id=1,
         dtype="float32",
     )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, safe_serialization=True)
-    return directory
 
 
 def write_adapter(directory: Path, shape: Shape = TINY, *, seed: int, rank: int = 8) -> Path:
@@ -98,6 +104,79 @@ def prompt(seed: int, tokens: int, shape: Shape = TINY) -> list[int]:
 
     source = random.Random(seed)
     return [source.randrange(2, shape.vocab) for _ in range(tokens)]
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A BLIP-2's sizes around a text model of `TINY`'s: its images become `tokens` tokens before a
+    prompt, equal ones for all images."""
+
+    pixels: int = 56
+    patch: int = 14
+    tokens: int = 32
+    kv_heads: int = TINY.heads
+    image_token: int = TINY.vocab - 1
+
+
+VISION = Vision()
+
+
+def write_vision_model(directory: Path, *, seed: int = 0) -> Path:
+    """A BLIP-2 with random weights, its tokenizer and its processor. Of vLLM's models with images
+    it is one of the few that import no torchvision."""
+    import torch
+    import transformers
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory, replace(TINY, vocab=VISION.image_token))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    size = {"height": VISION.pixels, "width": VISION.pixels}
+    transformers.Blip2Processor(
+        BlipImageProcessorPil(size=size), tokenizer, num_query_tokens=VISION.tokens
+    ).save_pretrained(directory)
+    assert tokenizer.convert_tokens_to_ids("<image>") == VISION.image_token
+    config = transformers.Blip2Config(
+        text_config=transformers.OPTConfig(
+            vocab_size=TINY.vocab,
+            hidden_size=TINY.hidden,
+            ffn_dim=TINY.intermediate,
+            num_hidden_layers=TINY.layers,
+            num_attention_heads=TINY.heads,
+            max_position_embeddings=TINY.positions,
+            word_embed_proj_dim=TINY.hidden,
+            tie_word_embeddings=False,
+            init_std=0.08,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=0,
+        ),
+        vision_config=transformers.Blip2VisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=VISION.pixels,
+            patch_size=VISION.patch,
+        ),
+        qformer_config=transformers.Blip2QFormerConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=64,
+        ),
+        num_query_tokens=VISION.tokens,
+        image_token_index=VISION.image_token,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = transformers.Blip2ForConditionalGeneration(config).float()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:  # wide enough that an image changes the answer
+            parameter.data.normal_(0.0, 0.08 if name.startswith("language_model") else 0.3)
+    model.save_pretrained(directory, safe_serialization=True)
+    return directory
 
 
 CHAT_TEMPLATE = (
