@@ -47,7 +47,13 @@ from kvserver_vllm.layout import has_tails
 from kvserver_vllm.link import HubLink
 from kvserver_vllm.messages import RankHolds, RankReport, Section, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
-from kvserver_vllm.sections import by_section, hold, section_attribute, section_of
+from kvserver_vllm.sections import (
+    by_section,
+    hold,
+    section_attribute,
+    section_of,
+    state_dtypes,
+)
 from kvserver_vllm.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -260,6 +266,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _sections(self, weights: bytes) -> list[tuple[NamespaceSpec, Section]]:
         held = by_section(self._ranks)
+        states = state_dtypes(held)
         found = []
         for ranks in held:
             spec = build_spec(
@@ -269,7 +276,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 tenant=self._settings.tenant,
                 block_tokens=self._settings.block_tokens,
                 epoch=self._epoch,
-                section=section_attribute(ranks, len(held)),
+                section=section_attribute(ranks, len(held), states),
             )
             found.append((spec, section_of(spec, ranks)))
         return found

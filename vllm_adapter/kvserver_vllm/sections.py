@@ -147,8 +147,19 @@ def by_section(ranks: Mapping[tuple[int, int], RankHolds]) -> list[Ranks]:
     ]
 
 
-def section_attribute(ranks: Ranks, sections: int) -> dict[str, str]:
-    """What tells the namespaces of one model's sections apart."""
+def section_attribute(ranks: Ranks, sections: int, states: str = "") -> dict[str, str]:
+    """What tells the namespaces of one model's sections apart. `states` are the dtypes of its
+    recurrent states (`state_dtypes`)."""
+    return _name(ranks, sections) | ({"state_dtypes": states} if states else {})
+
+
+def state_dtypes(sections: Iterable[Ranks]) -> str:
+    """In what precision recurrent states are kept: it changes what all later layers see."""
+    infos = (info for ranks in sections for info in ranks.values() if info.window == STATE)
+    return next((info.kv_dtype for info in infos), "")
+
+
+def _name(ranks: Ranks, sections: int) -> dict[str, str]:
     window = next(iter(ranks.values())).window
     names = {0: "full", STATE: "state"}
     return {} if sections == 1 else {"section": names.get(window, f"window {window}")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ from kvserver_vllm.messages import (
     StepMeta,
 )
 from kvserver_vllm.rank import RankSection
-from kvserver_vllm.sections import by_section, kinds, section_attribute
+from kvserver_vllm.sections import by_section, kinds, section_attribute, state_dtypes
 from kvserver_vllm.worker import WorkerHalf
 from tests.support.scheduler_world import BLOCK, ENGINE_BLOCK, FakeHub, FakeRequest, World
 from tests.support.worker_world import FakeLink, FakeNamespace, key
@@ -239,6 +240,18 @@ def test_states_are_a_section_of_their_own_and_the_last_one() -> None:
     assert section_attribute({(0, 0): held}, 2) == {"section": "state"}
     assert by_section({(0, 0): RankHolds((held,))}) == [{(0, 0): held}]
     assert _need(STATES, SimpleNamespace(), tail=True).kind == "state"  # type: ignore[arg-type]
+
+
+def test_the_precision_of_states_counts_for_the_layers_beside_them_too() -> None:
+    """What a state passes on is seen by attention."""
+    _, pages = states_of(1)
+    held = state_info(["model.layers.0.mamba"], spec_of(), pages, BLOCK)
+    full = replace(held, window=0, kv_dtype="bfloat16", page_tokens=32)
+    one, other = ({(0, 0): full}, {(0, 0): held})
+    assert state_dtypes([one, other]) == "float32"
+    assert state_dtypes([one]) == ""
+    assert section_attribute(one, 2, "float32") == {"section": "full", "state_dtypes": "float32"}
+    assert section_attribute(one, 1) == {}
 
 
 @pytest.mark.parametrize(
