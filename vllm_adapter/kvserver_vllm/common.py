@@ -6,8 +6,9 @@ read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Protocol
 
 from kvserver_vllm.chain import Chain
@@ -176,14 +177,16 @@ class Common:
         names = chain.hashes[blocks.start : blocks.stop - tail]
         if tail:
             names.append(chain.tail)
-        found = []
-        for at, name in zip(range(0, len(names) * whole, whole), names, strict=True):
-            if len(groups) == 1:
-                its = tuple(groups[0][at : at + whole])
-            else:
-                its = tuple(page for pages in groups for page in pages[at : at + whole])
-            found.append(BlockPages(name, parent, its, request, block))
-            parent = name
+        its: Iterable[tuple[int, ...]]
+        if len(groups) == 1 and not tail:
+            its = zip(*[iter(groups[0])] * whole, strict=True)
+        else:
+            its = (
+                tuple(page for pages in groups for page in pages[at : at + whole])
+                for at in range(0, len(names) * whole, whole)
+            )
+        parents = [parent, *names[:-1]]
+        found = list(map(BlockPages, names, parents, its, repeat(request), repeat(block)))
         if tail:
             found[-1] = found[-1]._replace(tokens=last_tokens)
         return found

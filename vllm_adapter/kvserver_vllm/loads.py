@@ -222,8 +222,11 @@ class Loads:
             tier = known[index] if index < len(known) else 0
             if not tier and job.fetched:
                 tier = HOST_TIER  # what is being written stands in the hub's memory
-            pages = self._first_section(block.pages)
-            here = min(left, self._common.page_tokens * sum(p != SKIP for p in pages))
+            here = block.tokens
+            if SKIP in block.pages:
+                pages = self._first_section(block.pages)
+                here = self._common.page_tokens * sum(page != SKIP for page in pages)
+            here = min(left, here)
             found.append((tier, here))
             left -= here
         if self._common.recurrent:  # alone, a state brings all tokens before it

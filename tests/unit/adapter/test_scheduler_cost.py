@@ -79,7 +79,7 @@ def life(clocked: Clocked, number: int, usable: int | None) -> None:
     tokens = matched[0]
     table = [b.block_id for b in world.pool.get_new_blocks(TOKENS // ENGINE_BLOCK + 8)]
     world.tables[request.request_id] = table
-    clocked("after_alloc", request, table, tokens)
+    clocked("after_alloc", request, [table], tokens)
     state = SimpleNamespace(get_block_ids=lambda name: (world.tables[name],))
 
     def step(scheduled: int) -> None:
@@ -94,7 +94,7 @@ def life(clocked: Clocked, number: int, usable: int | None) -> None:
     if tokens:
         step(0)
         request.num_computed_tokens = tokens
-        clocked("after_alloc", request, table, 0)
+        clocked("after_alloc", request, [table], 0)
     while request.num_computed_tokens < TOKENS:
         step(min(CHUNK, TOKENS - request.num_computed_tokens))
     for _ in range(STEPS):
@@ -105,14 +105,21 @@ def life(clocked: Clocked, number: int, usable: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("usable", "answered"),
-    [(0, "at once"), (TOKENS // 128 - 1, "at once"), (None, "never in time")],
+    ("usable", "blocks", "answered"),
+    [
+        (0, 1000, "at once: nothing"),
+        (TOKENS // 128 - 1, 4000, "at once: a hit, loaded directly"),
+        (TOKENS // 128 - 1, 1000, "at once: a hit, fetched first"),
+        (None, 1000, "never in time"),
+    ],
 )
-def test_calls_of_the_scheduler_half_take_little(usable: int | None, answered: str) -> None:
+def test_calls_of_the_scheduler_half_take_little(
+    usable: int | None, blocks: int, answered: str
+) -> None:
     """A hub that answers after two seconds is one that does not answer: lookup_ms is 100."""
     rounds = []
     for _ in range(ROUNDS):
-        clocked = Clocked(World(blocks=1000))
+        clocked = Clocked(World(blocks=blocks))
         for number in range(REQUESTS):
             life(clocked, number, usable)
         rounds.append(clocked)
