@@ -136,7 +136,7 @@ def _full_hits(
 
 def measure_pushes(room: Room, *, quick: bool) -> dict[str, Any]:
     """Pairs of equal batches of fresh prompts, one with pushes and one without."""
-    pairs, each, tokens, answers = 2 if quick else 32, 1, 264, 8
+    pairs, each, tokens, answers = 2 if quick else 26, 1, 264, 8
     hub = room.hub(host_bytes="3GiB")
     engine = room.engine(hub, options={"kv_bytes": 1 << 30})
     ratios, on_speeds, off_speeds = [], [], []
