@@ -6,6 +6,8 @@ parameters) that a decode engine which asks at the same time sees the blocks com
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +78,10 @@ def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                     **way.settings(server),
                     **PATIENT,
                 )
-                engines.append(Engine.launch(model, config=config, max_num_batched_tokens=CHUNK))
+                engine = Engine.launch(
+                    model, config=config, max_num_batched_tokens=CHUNK, torch_threads=1
+                )
+                engines.append(engine)
             for engine in engines:
                 engine.wait_ready()
                 engine.generate(prompt(98, 40, DEMO), tokens=2)
@@ -183,3 +188,35 @@ def test_control_without_the_layer_hooks_everything_is_pushed_late(
         wait_pushed(tmp_path / "p.jsonl", len(other) // BLOCK)
     line = Timeline.of(read_events(tmp_path / "p.jsonl"), DEMO.layers)
     assert line.early_share < 0.8
+
+
+# ---- cut off ---------------------------------------------------------------------------------
+
+
+def test_z_a_killed_prefill_engine_leaves_what_is_whole(pair: Pair) -> None:
+    """In the middle of the second of three chunks, with another hand-off behind it. Last here, for
+    that engine is gone then; every other way to lose it stands in test_vllm_handoff_cuts.py."""
+    prompts = [prompt(3, 600, DEMO), prompt(4, 200, DEMO)]
+    alone = [pair.prefill.generate(tokens, tokens=TOKENS, salt="alone") for tokens in prompts]
+    free, before = pair.decode.free_blocks(), len(read_events(pair.decode_log))
+    pair.prefill.begin_cut(
+        prompts,
+        computed=CHUNK + 1,
+        layer=DEMO.layers // 2,
+        hold_s=0.1,
+        signal_number=signal.SIGKILL,
+        transfer=PREFILL_LEG,
+    )
+    call = pair.decode.begin(prompts, tokens=TOKENS, transfer=DECODE_LEG)
+    pair.prefill.wait_gone(60.0)
+    gone = time.monotonic()
+    for answer, want in zip(pair.decode.finish(call), alone, strict=True):
+        assert answer_complaints(answer, want) == []
+    events = read_events(pair.decode_log)[before:]
+    pulled = cells(events, "pulled")
+    kept = prefix_hashes(prompts[0], BLOCK)[: CHUNK // BLOCK]
+    assert {name for name, _ in pulled} == {digest.hex() for digest in kept}
+    assert page_complaints(cells(read_events(pair.prefill_log), "pushed"), pulled) == []
+    rest = [e["t"] for e in events if e["event"] == "scheduled" and e["left"] == 600 - CHUNK]
+    assert rest[0] - gone < 5.0
+    assert pair.decode.facts()["free"] == free
