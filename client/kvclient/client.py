@@ -6,7 +6,8 @@
     result = ns.pull(hashes, out)
 
 A thread of its own runs the event loop of an AsyncClient; calls post to it and wait, within their
-deadline. Safe to use from several threads at once.
+deadline; small pushes and pulls over shm are done by the calling thread (`kvclient.inline`). Safe
+to use from several threads at once.
 
 Rules:
  1. Nothing is opened before the first use: a Client may be built before a fork, and used after.
@@ -28,10 +29,11 @@ from kvclient.checks import Arrays
 from kvclient.copying import THREADS
 from kvclient.errors import Unavailable, Unsupported
 from kvclient.handles import SyncReadStream, SyncReservation, SyncWatch
+from kvclient.inline import Inline
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
 from kvclient.results import Limits, Lookup, Need, PullResult, PushResult, Role
-from kvclient.runner import Runner
+from kvclient.runner import GRACE_S, Runner
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered
 from kvclient.transfer.ring import STAGING_BYTES
@@ -83,6 +85,7 @@ class Client:
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._aio: AsyncClient | None = None
+        self._inline: Inline | None = None
         self._closed = False
 
     @classmethod
@@ -135,6 +138,7 @@ class Client:
             runner = Runner(self.address)
             try:
                 self._aio = runner.run(self._connect(), self._options.deadline_s, "connect")
+                self._inline = Inline(self._aio, runner)
             except BaseException:
                 runner.stop()
                 raise
@@ -149,12 +153,13 @@ class Client:
         """Say goodbye; calls under way in other threads raise Unavailable. Idempotent."""
         with self._lock:
             self._closed = True
-            runner, client = self._runner, self._aio
-            self._runner = self._aio = None
-        if runner is None or client is None:
+            runner, client, inline = self._runner, self._aio, self._inline
+            self._runner = self._aio = self._inline = None
+        if runner is None or client is None or inline is None:
             return
         with suppress(Unsupported):  # in a forked child there is nothing to say
             runner.check()
+            inline.close(GRACE_S)
             try:
                 runner.run(client.close(), self._options.deadline_s, "close")
             finally:
@@ -313,6 +318,26 @@ class Client:
         seconds = self._options.deadline_s if deadline_s is None else deadline_s
         return runner.run(start(), seconds + wait_s, what)
 
+    def run_here(
+        self,
+        namespace: AsyncNamespace,
+        blocks: int,
+        start: Callable[[AsyncNamespace], Coroutine[Any, Any, Result]],
+    ) -> tuple[Result] | None:
+        """What `start` gives, done by this thread; None when that is for the loop to do."""
+        runner, inline = self._runner, self._inline
+        if runner is None or inline is None:
+            return None
+        runner.check()
+        return inline.run(namespace, blocks, start)
+
+    def inline(self, spec: NamespaceSpec) -> AsyncNamespace:
+        """The namespace for `run_here`."""
+        inline = self._inline
+        if inline is None:
+            raise Unavailable(f"the client of {self.address} is closed")
+        return inline.namespace(spec)
+
 
 class Namespace:
     """`AsyncNamespace`, synchronous. Comes from `Client.open_namespace`."""
@@ -320,6 +345,7 @@ class Namespace:
     def __init__(self, client: Client, namespace: AsyncNamespace) -> None:
         self._client = client
         self._aio = namespace
+        self._here = client.inline(namespace.spec)
         self.spec = namespace.spec
         self.id: bytes = namespace.id
         self.grid: Grid = namespace.grid
@@ -397,8 +423,8 @@ class Namespace:
         wait_s: float = 0.0,
         deadline_s: float | None = None,
     ) -> PushResult:
-        return self._client.run(
-            lambda: self._aio.push(
+        def start(namespace: AsyncNamespace) -> Coroutine[Any, Any, PushResult]:
+            return namespace.push(
                 hashes,
                 arrays,
                 parents=parents,
@@ -407,9 +433,9 @@ class Namespace:
                 durable=durable,
                 wait_s=wait_s,
                 deadline_s=deadline_s,
-            ),
-            *(deadline_s, wait_s, "push"),
-        )
+            )
+
+        return self._perform(start, hashes, deadline_s, wait_s, "push")
 
     def acquire(
         self,
@@ -444,8 +470,8 @@ class Namespace:
         inherit_lease: int = 0,
         deadline_s: float | None = None,
     ) -> PullResult:
-        return self._client.run(
-            lambda: self._aio.pull(
+        def start(namespace: AsyncNamespace) -> Coroutine[Any, Any, PullResult]:
+            return namespace.pull(
                 hashes,
                 out,
                 region=region,
@@ -453,9 +479,24 @@ class Namespace:
                 window_bytes=window_bytes,
                 inherit_lease=inherit_lease,
                 deadline_s=deadline_s,
-            ),
-            *(deadline_s, wait_s, "pull"),
-        )
+            )
+
+        return self._perform(start, hashes, deadline_s, wait_s, "pull")
+
+    def _perform(
+        self,
+        start: Callable[[AsyncNamespace], Coroutine[Any, Any, Result]],
+        hashes: Sequence[bytes],
+        deadline_s: float | None,
+        wait_s: float,
+        what: str,
+    ) -> Result:
+        """On this thread, where that is quick (`kvclient.inline`); else on the loop's."""
+        if not wait_s and isinstance(hashes, list | tuple):
+            done = self._client.run_here(self._here, len(hashes), start)
+            if done is not None:
+                return done[0]
+        return self._client.run(lambda: start(self._aio), deadline_s, wait_s, what)
 
     def release(self, *leases: int) -> None:
         self._client.run(lambda: self._aio.release(*leases), None, 0.0, "release")

@@ -58,17 +58,24 @@ class LocalStream:
     def done(self) -> bool:
         return self._done
 
-    async def read(self) -> Message | None:
-        """The next message, None behind the last. KVErrors only."""
+    async def read(self, deadline: Deadline | None = None) -> Message | None:
+        """The next message, None behind the last. KVErrors only; at the deadline, if there is one,
+        the call is cancelled.
+        """
         while not self._ready:
             if self._done:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                async with asyncio.timeout(None if deadline is None else deadline.left()):
+                    await self._waiter
+            except TimeoutError:
+                self.cancel()
+                raise late(self.name, self._owner.address, _seconds(deadline)) from None
         told = self._ready.popleft()
         if isinstance(told, KVError):
             raise told
-        return self._owner.message(self.name, told)
+        return read_reply(self.name, told, self._owner.address)
 
     def cancel(self) -> None:
         if not self._done:
@@ -95,8 +102,9 @@ class LocalStream:
 class LocalCalls(asyncio.Protocol):
     """One connection. Built by `open_calls`; lives on one event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, path: str) -> None:
         self.address = address
+        self.path = path  # of the socket
         self._loop = asyncio.get_running_loop()
         self._replies = calls.ReplySplitter()
         self._numbers = itertools.count(1)
@@ -167,7 +175,7 @@ class LocalCalls(asyncio.Protocol):
         finally:
             timer.cancel()
         self.end(number)
-        return self.message(name, reply)
+        return read_reply(name, reply, self.address)
 
     def _expire(self, call: _Unary, seconds: float) -> None:
         call.fail(late(call.name, self.address, seconds))
@@ -196,15 +204,20 @@ class LocalCalls(asyncio.Protocol):
         if self._retired and not self._waiting:
             self.close()
 
-    def message(self, name: str, reply: calls.Reply) -> Message:
-        """What a reply says: its message, or the error raised."""
-        try:
-            if reply.status == calls.OK:
-                return calls.MESSAGES[calls.BY_RPC[name]][1].FromString(reply.body)
-            refusal = calls.decode_refusal(reply.body)
-        except (DecodeError, FrameError) as error:
-            raise KVError(f"{name} at {self.address}: unreadable answer: {error}") from error
-        raise from_refusal(reply.status, refusal, what=name, address=self.address)
+
+def read_reply(name: str, reply: calls.Reply, address: str) -> Message:
+    """What a reply of the hub at `address` says: its message, or the error raised."""
+    try:
+        if reply.status == calls.OK:
+            return calls.MESSAGES[calls.BY_RPC[name]][1].FromString(reply.body)
+        refusal = calls.decode_refusal(reply.body)
+    except (DecodeError, FrameError) as error:
+        raise KVError(f"{name} at {address}: unreadable answer: {error}") from error
+    raise from_refusal(reply.status, refusal, what=name, address=address)
+
+
+def _seconds(deadline: Deadline | None) -> float:
+    return 0.0 if deadline is None else deadline.seconds
 
 
 async def open_calls(
@@ -223,7 +236,7 @@ async def open_calls(
     loop = asyncio.get_running_loop()
     try:
         _, protocol = await loop.create_unix_connection(
-            lambda: LocalCalls(address), sock=connection
+            lambda: LocalCalls(address, path), sock=connection
         )
     except BaseException:
         connection.close()

@@ -55,7 +55,10 @@ class AsyncNamespace:
 
     spec, id (32 bytes), grid   what it is
     near_misses                 live namespaces that differ in one field ("why no hits?")
+    overlaps                    whether steps of one call may run side by side
     """
+
+    overlaps = True
 
     def __init__(self, client: AsyncClient, spec: NamespaceSpec) -> None:
         self._client = client

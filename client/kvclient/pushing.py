@@ -60,7 +60,8 @@ class Push:
         except BaseException:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if tasks:
+                await asyncio.gather(*tasks, return_exceptions=True)
             for reservation in self._open:
                 self._namespace.session.background(reservation.abort())
             raise

@@ -11,7 +11,8 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -30,10 +31,9 @@ from kvclient.copying import (
     check_blocks,
     read_piece,
 )
-from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError, late
-from kvclient.local import LocalStream
+from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError
 from kvclient.results import Bytes, PullResult, Tier
-from kvclient.session import GrpcStream, Link, Session
+from kvclient.session import Link, Session, Stream
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
 from kvclient.transfer.direct import Block
@@ -56,23 +56,30 @@ class Leases:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._lock = threading.Lock()
         self._pending: dict[Link, list[int]] = {}
+        self._flushes = False  # a flush runs, or is about to: it sees what is pending by then
         self._flusher: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
     def give_back(self, link: Link, lease: int, *, soon: bool = True) -> None:
         """`soon`: a stream waits for room in its window."""
-        if link.lost is not None:
-            return
-        self._pending.setdefault(link, []).append(lease)
         if soon:
             self._hurry.set()
-        if self._flusher is None or self._flusher.done():
-            self._flusher = self._session.background(self._flush())
+        if self._add(link, lease):
+            self._begin()
+
+    def leave(self, link: Link, lease: int, post: Callable[[Callable[[], None]], None]) -> None:
+        """The same at leisure, on any thread; `post` has the loop call something."""
+        if self._add(link, lease):
+            post(self._begin)
 
     def take(self, link: Link) -> bytes:
-        """What waits to be given back under `link`, packed, for the caller to send."""
-        return np.array(self._pending.pop(link, []), "<u8").tobytes()
+        """What waits to be given back under `link`, packed, for the caller to send. On any
+        thread."""
+        with self._lock:
+            leases = self._pending.pop(link, None)
+        return np.array(leases, "<u8").tobytes() if leases else b""
 
     async def settle(self, deadline: Deadline) -> None:
         """Return when the hub has heard of everything given back until now, or at the deadline."""
@@ -80,8 +87,25 @@ class Leases:
         if self._flusher is not None:
             await asyncio.wait([self._flusher], timeout=deadline.left())
 
+    def _add(self, link: Link, lease: int) -> bool:
+        """Whether a flush must be begun."""
+        if link.lost is not None:
+            return False
+        with self._lock:
+            self._pending.setdefault(link, []).append(lease)
+            flushes, self._flushes = self._flushes, True
+        return not flushes
+
+    def _begin(self) -> None:
+        self._flusher = self._session.background(self._flush())
+
+    def _more(self) -> bool:
+        with self._lock:
+            self._flushes = bool(self._pending)
+            return self._flushes
+
     async def _flush(self) -> None:
-        while self._pending:
+        while self._more():
             if not self._hurry.is_set():
                 with suppress(*TIMEOUTS):
                     await asyncio.wait_for(self._hurry.wait(), RELEASE_PAUSE_S)
@@ -119,12 +143,12 @@ class Batch:
         self.lease: int = grant.lease
         self._leases = leases
         self._held = len(self.slots)
-        self._last = last
+        self.last = last
 
     def release(self, count: int = 1) -> None:
         self._held -= count
         if self._held == 0:
-            self._leases.give_back(self.link, self.lease, soon=not self._last)
+            self._leases.give_back(self.link, self.lease, soon=not self.last)
 
 
 class Granted:
@@ -258,7 +282,7 @@ class ReadStream:
         self._lease_ms = lease_ms
         self._inherit_lease = inherit_lease
         self._step_s = step_s
-        self._call: GrpcStream | LocalStream | None = None
+        self._call: Stream | None = None
         self._link: Link | None = None
         self._ready: list[Granted] = []
         self._done = False
@@ -399,11 +423,7 @@ class ReadStream:
         assert self._call is not None
         session = self.namespace.session
         try:
-            async with asyncio.timeout(deadline.left()):
-                reply = await self._call.read()
-        except TimeoutError:
-            self._call.cancel()
-            raise late("Acquire", session.address, deadline.seconds) from None
+            reply = await self._call.read(deadline)
         except KVError as error:
             failed = session.stream_failed(self._link, error)
             self._done = not isinstance(failed, Gone)
@@ -457,13 +477,17 @@ class Pull:
         try:
             async with stream:
                 while (batch := await stream.next_batch(self._deadline)) is not None:
-                    tasks.append(asyncio.create_task(self._take(batch, first)))
+                    if batch.last or not self._namespace.overlaps:
+                        await self._take(batch, first)
+                    else:
+                        tasks.append(asyncio.create_task(self._take(batch, first)))
                 for task in tasks:
                     await task
         except BaseException:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if tasks:
+                await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
     async def _take(self, batch: Batch, first: int) -> None:

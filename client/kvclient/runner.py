@@ -24,14 +24,14 @@ class Runner:
     def __init__(self, address: str) -> None:
         self._address = address
         self._pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="kvclient-loop", daemon=True)
         self._thread.start()
 
     def _main(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        self._loop.close()
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        self.loop.close()
 
     def check(self) -> None:
         if os.getpid() != self._pid:
@@ -42,11 +42,11 @@ class Runner:
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float, what: str) -> Result:
         """Run `work` on the loop; it keeps its own deadline of `seconds`."""
-        if os.getpid() != self._pid or self._loop.is_closed():
+        if os.getpid() != self._pid or self.loop.is_closed():
             work.close()
             self.check()
             raise Unavailable(f"{what} at {self._address}: the client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result(seconds + GRACE_S)
         except concurrent.futures.CancelledError:
@@ -57,5 +57,5 @@ class Runner:
             future.cancel()  # ends it where the wait was interrupted; else does nothing
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(GRACE_S)

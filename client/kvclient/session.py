@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -38,7 +38,7 @@ from kvclient.errors import (
     from_rpc,
     late,
 )
-from kvclient.local import LocalCalls, LocalStream, open_calls
+from kvclient.local import LocalCalls, open_calls
 from kvclient.options import Options
 from kvclient.results import Limits
 from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
@@ -88,8 +88,21 @@ class Link:
         return Gone(f"the session with {self.address} ended: {reason}")
 
 
+class Stream(Protocol):
+    """A server-streaming call. KVErrors only."""
+
+    def done(self) -> bool: ...
+
+    def cancel(self) -> None: ...
+
+    async def read(self, deadline: Deadline | None = None) -> Message | None:
+        """The next message, None behind the last. DeadlineExceeded at the deadline, if there is
+        one: then the call is cancelled.
+        """
+
+
 class GrpcStream:
-    """A server-streaming call over gRPC."""
+    """A Stream over gRPC."""
 
     def __init__(self, session: Session, name: str, call: Any) -> None:
         self._session = session
@@ -102,10 +115,14 @@ class GrpcStream:
     def cancel(self) -> None:
         self._call.cancel()
 
-    async def read(self) -> Message | None:
-        """The next message, None behind the last. KVErrors only."""
+    async def read(self, deadline: Deadline | None = None) -> Message | None:
         try:
-            reply = await self._call.read()
+            async with asyncio.timeout(None if deadline is None else deadline.left()):
+                reply = await self._call.read()
+        except TimeoutError:
+            self.cancel()
+            seconds = 0.0 if deadline is None else deadline.seconds
+            raise late(self._name, self._session.address, seconds) from None
         except grpc.RpcError as error:
             raise from_rpc(error, what=self._name, address=self._session.address) from None
         except asyncio.CancelledError:
@@ -286,7 +303,7 @@ class Session:
             self.cancelled(name)
             raise
 
-    def stream(self, link: Link, name: str, request: Message) -> GrpcStream | LocalStream:
+    def stream(self, link: Link, name: str, request: Message) -> Stream:
         """A server-streaming call."""
         if link.local is not None and link.local.takes(name, request):
             return link.local.stream(name, request)
@@ -308,6 +325,10 @@ class Session:
         if isinstance(error, Unavailable):
             self._wake.set()
         return error
+
+    def look(self) -> None:
+        """See soon whether the hub is still there."""
+        self._wake.set()
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something that no caller waits for; it is cancelled by `close`."""

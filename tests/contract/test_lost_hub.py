@@ -211,7 +211,7 @@ def test_a_session_that_ended_is_replaced_within_the_call(serve: Serve) -> None:
         namespace.push(keys, BLOCKS.payloads(keys))
         token = client.token
         assert client._runner is not None
-        client._runner._loop.call_soon_threadsafe(time.sleep, 1.2)
+        client._runner.loop.call_soon_threadsafe(time.sleep, 1.2)
         time.sleep(0.2)
         assert namespace.lookup(keys).usable_blocks == 1
         assert client.token != token
