@@ -23,7 +23,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -149,6 +149,38 @@ class Copier:
         if failure is not None:
             raise failure
 
+    def run_here(self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]]) -> None:
+        """The same for a thread that has no loop: it does the last list, and waits for the others.
+        When interrupted, too, it returns only after the last copy has ended.
+        """
+        *others, own = pieces
+        stop = threading.Event()
+
+        def work(part: list[Piece]) -> None:
+            for piece in part:
+                if stop.is_set():
+                    return
+                task(piece)
+
+        futures: list[Future[None]] = []
+        failure: BaseException | None = None
+        try:
+            futures.extend(self._pool.submit(work, part) for part in others)
+        except RuntimeError:  # the pool is shut down
+            failure = Unavailable("the client is closed")
+        try:
+            if failure is None:
+                work(own)
+        except BaseException as error:
+            failure = error
+        for future in futures:
+            if failure is not None:
+                stop.set()
+            ended = _outcome(future, stop)
+            failure = failure or ended
+        if failure is not None:
+            raise failure
+
     def split(self, layers: int, layer_bytes: int, indices: Sequence[int]) -> list[list[Piece]]:
         """Tasks for these blocks: big blocks are cut between layers, small ones are gathered."""
         total = layers * layer_bytes * len(indices)
@@ -165,6 +197,20 @@ class Copier:
                 tasks[-1].append(Piece(index, start, stop))
                 filled += (stop - start) * layer_bytes
         return tasks if tasks[0] else []
+
+
+def _outcome(future: Future[None], stop: threading.Event) -> BaseException | None:
+    """What a copy ended with, or what interrupted the wait for it, which is never cut short."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            ended = future.exception()
+            return interrupted or ended
+        except CancelledError:
+            return interrupted or Unavailable("the client is closed")
+        except BaseException as error:
+            stop.set()
+            interrupted = error
 
 
 # ---- views -----------------------------------------------------------------------------------

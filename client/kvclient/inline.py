@@ -359,17 +359,16 @@ class _Stream:
 
 
 class _Copies:
-    """The copy threads' place: this thread copies."""
+    """The copy threads, with this thread among them."""
 
     def __init__(self, copier: Copier) -> None:
         self.split = copier.split
+        self._copier = copier
 
     async def run(
         self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]], *, here: bool = False
     ) -> None:
-        for part in pieces:
-            for piece in part:
-                task(piece)
+        self._copier.run_here(task, pieces)
 
 
 class _Leases:

@@ -332,3 +332,32 @@ async def test_the_loops_thread_does_a_part_and_waits_for_the_others() -> None:
     with pytest.raises(ValueError, match="piece 1"):
         await copier.run(fail, [[], [Piece(1, 0, 1)]], here=True)
     copier.close()
+
+
+def test_a_run_without_a_loop_returns_when_the_last_copy_has_ended() -> None:
+    """Its own part failed, or was interrupted, while another thread still copies."""
+    copier, ended, running = Copier(1), threading.Event(), threading.Event()
+
+    def slow(piece: Piece) -> None:
+        if piece.index == 0:
+            running.set()
+            time.sleep(0.1)
+            ended.set()
+        else:
+            running.wait(5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copier.run_here(slow, [[Piece(0, 0, 1), Piece(0, 0, 1)], [Piece(1, 0, 1)]])
+    assert ended.is_set()
+
+    def fail(piece: Piece) -> None:
+        if piece.index == 0:
+            raise ValueError("theirs")
+
+    with pytest.raises(ValueError, match="theirs"):
+        copier.run_here(fail, [[Piece(0, 0, 1)], [Piece(1, 0, 1)]])
+    copier.close()
+    with pytest.raises(Unavailable, match="closed"):
+        copier.run_here(fail, [[Piece(0, 0, 1)], [Piece(1, 0, 1)]])
+    copier.run_here(lambda _: None, [[Piece(0, 0, 1)]])
