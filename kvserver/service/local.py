@@ -8,7 +8,10 @@ Rules:
     names another is refused.
  2. A connection that ends ends its calls: each is cancelled as gRPC cancels those of a client that
     went away. A call past its deadline is cancelled too, and not answered.
- 3. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
+ 3. A call that comes alone is begun at once, where it arrived; it becomes a task when it has to
+    wait. Calls that come together are tasks from the beginning: so a peer holds the loop up for one
+    call, and a call and its cancellation that arrive together cancel.
+ 4. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
     that run, and OUT_BYTES_MAX of answers that it does not read. While answers wait, nothing more
     is read; a peer that takes none for `stall_s` is hung up on, and so is one that sends garbage.
 """
@@ -18,9 +21,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable
+import types
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, NoReturn
 
 import grpc
@@ -173,8 +178,15 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for request in self._requests.feed(data):
-                self._begin(request)
+            requests = self._requests.feed(data)
+            first = next(requests, None)
+            if first is None:
+                return
+            second = next(requests, None)
+            self._begin(first, at_once=second is None)
+            if second is not None:
+                for request in itertools.chain([second], requests):
+                    self._begin(request, at_once=False)
         except FrameError as error:
             self.hang_up(str(error))
 
@@ -189,7 +201,7 @@ class _Connection(asyncio.Protocol):
 
     # ---- calls -----------------------------------------------------------------------------
 
-    def _begin(self, request: calls.Request) -> None:
+    def _begin(self, request: calls.Request, *, at_once: bool) -> None:
         number = request.call
         if request.method is Method.CANCEL:
             if number in self._running:
@@ -212,7 +224,17 @@ class _Connection(asyncio.Protocol):
             metadata = (("kv-kind", "invalid"), ("kv-field", "session"))
             self._refuse(number, (_INVALID, text, metadata))
             return
-        task = self._loop.create_task(self._answer(request, message))
+        work: Coroutine[Any, Any, None] = self._answer(request, message)
+        if at_once:
+            try:
+                awaited = work.send(None)
+            except StopIteration:
+                return
+            except Exception as error:
+                self._failed(error)
+                return
+            work = rest_of(work, awaited)
+        task = self._loop.create_task(work)
         late = None
         if request.deadline_ms:
             late = self._loop.call_later(request.deadline_ms / 1000, task.cancel)
@@ -226,8 +248,11 @@ class _Connection(asyncio.Protocol):
             late.cancel()
         del self._running[number]
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._owner.report("local calls", error)
-            self.hang_up("an answer could not be sent")
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        self._owner.report("local calls", error)
+        self.hang_up("an answer could not be sent")
 
     async def _answer(self, request: calls.Request, message: Any) -> None:
         handler = self._owner.handlers[request.method]
@@ -261,6 +286,36 @@ class _Connection(asyncio.Protocol):
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > OUT_BYTES_MAX:
             self.hang_up("it does not read its answers")
+
+
+def rest_of(work: Coroutine[Any, Any, None], awaited: object) -> Coroutine[Any, Any, None]:
+    """What is left of a coroutine that was begun by hand and waits for `awaited`, for a task. This
+    one has been begun, too: a task that is cancelled before its first step must reach `work`.
+    """
+
+    async def rest() -> None:
+        await _handed_over(work, awaited)
+
+    coroutine = rest()
+    coroutine.send(None)
+    return coroutine
+
+
+@types.coroutine
+def _handed_over(work: Coroutine[Any, Any, None], awaited: object) -> Generator[Any, Any, None]:
+    taken = False
+    waits: object = None  # at first for the task that takes it over
+    while True:
+        try:
+            try:
+                told = yield waits
+            except BaseException as error:
+                waits = work.throw(error)
+            else:
+                waits = work.send(told) if taken else awaited
+        except StopIteration:
+            return
+        taken = True
 
 
 def _limit(name: str, text: str, limit: int) -> Status:

@@ -23,7 +23,7 @@ from kvproto.v1 import kvserver_pb2_grpc
 from kvserver.config import Settings
 from kvserver.observe import logs
 from kvserver.server import Server
-from kvserver.service.local import LocalCalls
+from kvserver.service.local import LocalCalls, rest_of
 from tests.support.local_calls import WAIT_S, Peer
 from tests.support.payload import Blocks
 from tests.unit.service.test_live import WHOLE, spec_message
@@ -309,6 +309,45 @@ async def test_a_cancelled_stream_gives_its_leases_back(hub: Hub) -> None:
         await eventually(lambda: hub.held() == (0, 0, 0), "cancelled")
         await peer.send(calls.encode_cancel(9))
         await peer.call(Method.LOOKUP, hub.lookup())
+
+
+async def test_a_call_cancelled_where_it_arrives_leaves_nothing(hub: Hub) -> None:
+    """Both in one piece, as from a client that gave up while the server stood still."""
+    async with hub.peer() as peer:
+        raw = calls.encode_request(Method.RESERVE, 1, 5000, hub.reserve().SerializeToString())
+        await peer.send(raw + calls.encode_cancel(1))
+        await peer.begin(Method.LOOKUP, hub.lookup(), call=2)
+        assert (await peer.reply()).call == 2, "the first is not answered"
+        assert hub.held() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_a_call_that_was_begun_where_it_arrived_is_cancelled_like_a_task(steps: int) -> None:
+    """Also before its task has made a step; and what it awaits is told to it as to a task."""
+    loop = asyncio.get_running_loop()
+    seen: list[object] = []
+
+    async def work(future: asyncio.Future[str]) -> None:
+        try:
+            seen.append(await future)
+            await asyncio.sleep(0)
+            seen.append(await future)
+            await loop.create_future()
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    future = loop.create_future()
+    coroutine = work(future)
+    task = loop.create_task(rest_of(coroutine, coroutine.send(None)))
+    if steps == 2:
+        future.set_result("told")
+    for _ in range(5 * min(steps, 1)):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seen == [*(["told", "told"] if steps == 2 else []), "cancelled"]
 
 
 async def test_a_connection_that_ends_cancels_its_stream(hub: Hub) -> None:
