@@ -23,10 +23,10 @@ from kvclient import forks
 from kvclient.checks import hash_list
 from kvclient.copying import THREADS, Copier
 from kvclient.errors import InvalidArgument
+from kvclient.leases import Leases
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
 from kvclient.orders import Orders, role_from
-from kvclient.reading import Leases
 from kvclient.results import Limits, Role
 from kvclient.session import Link, Message, Session
 from kvclient.staging import Buffers

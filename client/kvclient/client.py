@@ -318,25 +318,13 @@ class Client:
         seconds = self._options.deadline_s if deadline_s is None else deadline_s
         return runner.run(start(), seconds + wait_s, what)
 
-    def run_here(
-        self,
-        namespace: AsyncNamespace,
-        blocks: int,
-        start: Callable[[AsyncNamespace], Coroutine[Any, Any, Result]],
-    ) -> tuple[Result] | None:
-        """What `start` gives, done by this thread; None when that is for the loop to do."""
-        runner, inline = self._runner, self._inline
-        if runner is None or inline is None:
-            return None
-        runner.check()
-        return inline.run(namespace, blocks, start)
-
-    def inline(self, spec: NamespaceSpec) -> AsyncNamespace:
-        """The namespace for `run_here`."""
+    @property
+    def inline(self) -> Inline:
+        """What is done on the calling thread."""
         inline = self._inline
         if inline is None:
             raise Unavailable(f"the client of {self.address} is closed")
-        return inline.namespace(spec)
+        return inline
 
 
 class Namespace:
@@ -345,7 +333,8 @@ class Namespace:
     def __init__(self, client: Client, namespace: AsyncNamespace) -> None:
         self._client = client
         self._aio = namespace
-        self._here = client.inline(namespace.spec)
+        self._inline = client.inline
+        self._here = self._inline.namespace(namespace.spec)
         self.spec = namespace.spec
         self.id: bytes = namespace.id
         self.grid: Grid = namespace.grid
@@ -493,7 +482,7 @@ class Namespace:
     ) -> Result:
         """On this thread, where that is quick (`kvclient.inline`); else on the loop's."""
         if not wait_s and isinstance(hashes, list | tuple):
-            done = self._client.run_here(self._here, len(hashes), start)
+            done = self._inline.run(self._here, len(hashes), start)
             if done is not None:
                 return done[0]
         return self._client.run(lambda: start(self._aio), deadline_s, wait_s, what)

@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kvclient.copying import HERE_BYTES_MAX, Copier, Piece
 from kvclient.errors import KVError, Unavailable, late
+from kvclient.leases import Leases
 from kvclient.local import read_reply
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
-from kvclient.reading import Leases
 from kvclient.runner import Runner
-from kvclient.session import Link, Make, Message, Session, Stream
+from kvclient.session import Link, Make, Message, Session
+from kvclient.streams import Stream
 from kvclient.timing import Deadline
 from kvclient.transfer.direct import Pin
 from kvclient.transfer.shm import dial
@@ -78,6 +79,7 @@ class Inline:
         start: Callable[[AsyncNamespace], Coroutine[Any, Any, Result]],
     ) -> tuple[Result] | None:
         """What `start` gives, done here; None where rule 1 leaves it to the loop."""
+        self._runner.check()
         if blocks * namespace.grid.payload_bytes() > BYTES_MAX:
             return None
         if not self._using.acquire(blocking=False):

@@ -26,8 +26,9 @@ from kvclient.checks import (
 )
 from kvclient.copying import Copier
 from kvclient.errors import InvalidArgument, KVError, NotFound, late
+from kvclient.leases import Leases
 from kvclient.pushing import Push
-from kvclient.reading import Leases, Pull, ReadStream
+from kvclient.reading import Pull, ReadStream
 from kvclient.results import Lookup, Need, PullResult, PushResult
 from kvclient.session import Link, Session
 from kvclient.staging import Buffers

@@ -11,8 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -31,9 +30,11 @@ from kvclient.copying import (
     check_blocks,
     read_piece,
 )
-from kvclient.errors import TIMEOUTS, Gone, InvalidArgument, KVError
+from kvclient.errors import Gone, InvalidArgument, KVError
+from kvclient.leases import Leases
 from kvclient.results import Bytes, PullResult, Tier
-from kvclient.session import Link, Session, Stream
+from kvclient.session import Link
+from kvclient.streams import Stream
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
 from kvclient.transfer.direct import Block
@@ -45,81 +46,7 @@ if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
 
 
-RELEASE_PAUSE_S = 0.02  # leases that nobody waits for go back after this, or with an Acquire
 GROUP_BYTES = 8 << 20  # moved at once by a stream of a hub that is not mapped
-
-
-class Leases:
-    """Gives leases back, many in one call: those that came while the last call ran, and those of
-    streams that have ended, for which the hub can wait a moment, with the next Acquire.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._lock = threading.Lock()
-        self._pending: dict[Link, list[int]] = {}
-        self._flushes = False  # a flush runs, or is about to: it sees what is pending by then
-        self._flusher: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
-
-    def give_back(self, link: Link, lease: int, *, soon: bool = True) -> None:
-        """`soon`: a stream waits for room in its window."""
-        if soon:
-            self._hurry.set()
-        if self._add(link, lease):
-            self._begin()
-
-    def leave(self, link: Link, lease: int, post: Callable[[Callable[[], None]], None]) -> None:
-        """The same at leisure, on any thread; `post` has the loop call something."""
-        if self._add(link, lease):
-            post(self._begin)
-
-    def take(self, link: Link) -> bytes:
-        """What waits to be given back under `link`, packed, for the caller to send. On any
-        thread."""
-        with self._lock:
-            leases = self._pending.pop(link, None)
-        return np.array(leases, "<u8").tobytes() if leases else b""
-
-    async def settle(self, deadline: Deadline) -> None:
-        """Return when the hub has heard of everything given back until now, or at the deadline."""
-        self._hurry.set()
-        if self._flusher is not None:
-            await asyncio.wait([self._flusher], timeout=deadline.left())
-
-    def _add(self, link: Link, lease: int) -> bool:
-        """Whether a flush must be begun."""
-        if link.lost is not None:
-            return False
-        with self._lock:
-            self._pending.setdefault(link, []).append(lease)
-            flushes, self._flushes = self._flushes, True
-        return not flushes
-
-    def _begin(self) -> None:
-        self._flusher = self._session.background(self._flush())
-
-    def _more(self) -> bool:
-        with self._lock:
-            self._flushes = bool(self._pending)
-            return self._flushes
-
-    async def _flush(self) -> None:
-        while self._more():
-            if not self._hurry.is_set():
-                with suppress(*TIMEOUTS):
-                    await asyncio.wait_for(self._hurry.wait(), RELEASE_PAUSE_S)
-            self._hurry.clear()
-            for link in list(self._pending):
-                await self._send(link, self.take(link))
-
-    async def _send(self, link: Link, packed: bytes) -> None:
-        async def make(at: Link) -> pb.ReleaseRequest:
-            return pb.ReleaseRequest(session=at.session, leases=packed)
-
-        with suppress(KVError):  # unheard, they expire
-            deadline = Deadline(self._session.options.deadline_s)
-            await self._session.call("Release", make, deadline, link=link)
 
 
 class Batch:

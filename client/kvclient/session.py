@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -41,6 +41,7 @@ from kvclient.errors import (
 from kvclient.local import LocalCalls, open_calls
 from kvclient.options import Options
 from kvclient.results import Limits
+from kvclient.streams import GrpcStream, Stream
 from kvclient.timing import BACKOFF_FIRST_S, BACKOFF_LAST_S, Backoff, Deadline
 from kvclient.transfer import choose
 from kvclient.transfer.base import Transfer
@@ -86,49 +87,6 @@ class Link:
     def gone(self) -> Gone:
         reason = self.lost or "the hub was restarted"
         return Gone(f"the session with {self.address} ended: {reason}")
-
-
-class Stream(Protocol):
-    """A server-streaming call. KVErrors only."""
-
-    def done(self) -> bool: ...
-
-    def cancel(self) -> None: ...
-
-    async def read(self, deadline: Deadline | None = None) -> Message | None:
-        """The next message, None behind the last. DeadlineExceeded at the deadline, if there is
-        one: then the call is cancelled.
-        """
-
-
-class GrpcStream:
-    """A Stream over gRPC."""
-
-    def __init__(self, session: Session, name: str, call: Any) -> None:
-        self._session = session
-        self._name = name
-        self._call = call
-
-    def done(self) -> bool:
-        return bool(self._call.done())
-
-    def cancel(self) -> None:
-        self._call.cancel()
-
-    async def read(self, deadline: Deadline | None = None) -> Message | None:
-        try:
-            async with asyncio.timeout(None if deadline is None else deadline.left()):
-                reply = await self._call.read()
-        except TimeoutError:
-            self.cancel()
-            seconds = 0.0 if deadline is None else deadline.seconds
-            raise late(self._name, self._session.address, seconds) from None
-        except grpc.RpcError as error:
-            raise from_rpc(error, what=self._name, address=self._session.address) from None
-        except asyncio.CancelledError:
-            self._session.cancelled(self._name)
-            raise
-        return None if reply is grpc.aio.EOF else reply
 
 
 class Session:
