@@ -163,13 +163,20 @@ def recomputed_from(events: list[dict[str, Any]], tokens: list[int]) -> set[int]
     return {len(tokens) - e["left"] for e in events if e["event"] == "scheduled"}
 
 
-def check_failed(events: list[dict[str, Any]], tokens: list[int], first: int) -> None:
-    """The second rank lacks the blocks from `first` on, the other one nothing: both compute again
-    from there, and the hub is asked once."""
-    assert sorted(failed_of(events)) == [1]
-    assert failed_of(events)[1][0] == first
-    assert ranks_of(events, "pulled", "").keys() >= {0}
-    assert len(ranks_of(events, "pulled", "")[0]) == len(tokens) // BLOCK
+def check_failed(
+    events: list[dict[str, Any]], tokens: list[int], first: int, *, alone: bool
+) -> None:
+    """The second rank lacks the blocks from `first` on: both compute again from there, and the hub
+    is asked once. `alone`: the other rank lacks nothing."""
+    failed, blocks = failed_of(events), len(tokens) // BLOCK
+    assert failed[1][0] == first
+    pulled = ranks_of(events, "pulled", "")[0]
+    if alone:
+        assert sorted(failed) == [1]
+        assert len(pulled) == blocks
+    else:
+        assert failed.get(0, [first])[0] >= first
+        assert len(pulled) >= first
     assert recomputed_from(events, tokens) == {first * BLOCK}
     assert len([e for e in events if e["event"] == "lookup"]) == 1
 
@@ -181,7 +188,8 @@ def test_one_rank_whose_cells_are_damaged_has_both_compute_again_from_there(pair
         flip_a_bit(pair.server, client, the_spec(client), digest, layer=1, head=1)
     decoded, events = pair.pull(DAMAGED)
     assert answer_complaints(decoded, computed) == []
-    check_failed(events, DAMAGED, 2)
+    # What the second rank finds damaged the hub drops at once, and the first may come too late.
+    check_failed(events, DAMAGED, 2, alone=False)
     again, events = pair.pull(DAMAGED)
     assert answer_complaints(again, computed) == []
 
@@ -207,7 +215,7 @@ def test_one_rank_that_is_cut_off_has_both_compute_again(tmp_path: Path) -> None
                 relay.mend()
             assert answer_complaints(decoded, computed) == []
             assert decoded.total_s < 20
-            check_failed(events, CUT, 0)
+            check_failed(events, CUT, 0, alone=True)
 
             def whole() -> bool:
                 answer, found = pull(engine, log, CUT)
