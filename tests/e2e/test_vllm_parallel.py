@@ -23,6 +23,7 @@ from tests.support.kv_oracle import (
     wait_for,
     wait_pushed,
 )
+from tests.support.model_zoo import FAMILIES, ids, write_family
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import TINY, prompt, write_model
 from tests.support.ways import WAYS, Way
@@ -263,3 +264,41 @@ def test_ranks_that_hold_the_same_head_push_it_once(tmp_path: Path) -> None:
         finally:
             for engine in engines.values():
                 engine.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_latent_that_two_ranks_hold_is_pushed_once(tmp_path: Path) -> None:
+    """Bytes are compared: with latent attention vLLM's CPU build answers differently with two ranks
+    than with one, also without a hub."""
+    family = FAMILIES["deepseek2"]
+    model = write_family(tmp_path / "model", family.name)
+    logs = {size: tmp_path / f"tp{size}.jsonl" for size in (1, 2)}
+    engines: dict[int, Engine] = {}
+    tokens, full = ids(3, 500), 500 // BLOCK
+    with start_server(tmp_path, host_bytes="128MiB") as hub:
+        try:
+            for size, log in logs.items():
+                config = hub_config(hub.address, event_log=log, **PATIENT)
+                engines[size] = Engine.launch(
+                    model, config=config, tensor_parallel=size, **family.options
+                )
+            for size, engine in engines.items():
+                engine.wait_ready()
+                wait_connected(logs[size], {1: 1, 2: 3}[size])
+            engines[2].generate(tokens, tokens=1)
+            wait_all_pushed(logs[2], full)
+            wait_for("a reset of the prefix cache", engines[2].reset_prefix_cache)
+            answers = [engines[size].generate(tokens, tokens=TOKENS) for size in (1, 2)]
+        finally:
+            for engine in engines.values():
+                engine.end()
+    assert min(answer.cached for answer in answers) >= full * BLOCK - 1
+    pushed = cells(read_events(logs[2]), "pushed")
+    assert set(ranks_of(read_events(logs[2]), "pushed", "")) == {0}
+    for size, log in logs.items():
+        pulled = ranks_of(read_events(log), "pulled", "")
+        assert {rank: len(found) for rank, found in pulled.items()} == dict.fromkeys(
+            range(size), full
+        )
+        assert page_complaints(pushed, cells(read_events(log), "pulled")) == []
