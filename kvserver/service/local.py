@@ -10,7 +10,8 @@ Rules:
     went away. A call past its deadline is cancelled too, and not answered.
  3. A call that comes alone is begun at once, where it arrived; it becomes a task when it has to
     wait. Calls that come together are tasks from the beginning: so a peer holds the loop up for one
-    call, and a call and its cancellation that arrive together cancel.
+    call, and a call and its cancellation that arrive together cancel. Handlers must not ask
+    for the current task (asyncio.timeout does): before they first wait there is none.
  4. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
     that run, and OUT_BYTES_MAX of answers that it does not read. While answers wait, nothing more
     is read; a peer that takes none for `stall_s` is hung up on, and so is one that sends garbage.
