@@ -50,7 +50,7 @@ class Run:
         with self.engine(self.log) as engine:
             wait_connected(self.log)
             answer = engine.generate(PROMPT, tokens=TOKENS)
-            wait_pushed(self.log, FULL)
+            wait_pushed(self.log, FULL, windows=len(set(self.family.windows)))
         assert answer.cached == 0
         return answer
 

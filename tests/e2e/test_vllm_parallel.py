@@ -139,7 +139,7 @@ def test_what_two_ranks_pushed_one_rank_pulls_whole(pair: Pair) -> None:
     before = len(cells(read_events(pair.single_log), "pulled"))
     assert before == 0
     computed = pair.double.generate(OTHER, tokens=TOKENS)
-    wait_pushed(pair.double_log, len(OTHER) // BLOCK)
+    wait_pushed(pair.double_log, len(OTHER) // BLOCK, ranks=2)
     decoded = pair.single.generate(OTHER, tokens=TOKENS)
     check(computed, decoded, pair.double_log, pair.single_log, OTHER)
     pushed = ranks_of(read_events(pair.double_log), "pushed", "")
@@ -206,7 +206,7 @@ def test_one_rank_that_is_cut_off_has_both_compute_again(tmp_path: Path) -> None
         with Engine.start(model, config=config, tensor_parallel=2) as engine:
             wait_connected(log, 3)
             computed = engine.generate(CUT, tokens=TOKENS)
-            wait_pushed(log, len(CUT) // BLOCK)
+            wait_pushed(log, len(CUT) // BLOCK, ranks=2)
             connected = [e for e in read_events(log) if e["event"] == "connected"]
             (pid,) = {e["pid"] for e in connected if e.get("rank") == 1}
             assert relay.sever(pid) > 0

@@ -162,7 +162,7 @@ def test_1_one_rank_prefills_for_one_and_for_two(
 def test_2_two_ranks_prefill_for_one(world: World, baseline: dict[int, Generated]) -> None:
     want = baseline[len(FROM_C)]
     assert answer_complaints(world.engines["c"].generate(FROM_C, tokens=TOKENS), want) == []
-    wait_pushed(world.log("c"), full(FROM_C))
+    wait_pushed(world.log("c"), full(FROM_C), ranks=RANKS["c"])
     first = prefix_hashes(FROM_C, BLOCK)[0].hex()
     mine = [e for e in world.events("c", "pushed") if e["hash"] == first]
     assert sorted(tuple(e["heads"]) for e in mine) == [(0, 1), (1, 2)]

@@ -93,9 +93,14 @@ def wait_connected(log: Path, processes: int = 1, *, timeout_s: float = 20.0) ->
     wait_for(f"{processes} processes connected ({log})", done, timeout_s)
 
 
-def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
-    """Wait until the event log tells of `blocks` blocks pushed by each of its ranks, in each
-    section."""
+def wait_pushed(
+    log: Path, blocks: int, *, ranks: int = 1, windows: int = 1, timeout_s: float = 20.0
+) -> None:
+    """Wait until the event log tells of `blocks` blocks pushed by each of `ranks` ranks, in each of
+    the sections that the model's `windows` kinds of layers make.
+
+    Ranks and sections push on their own: one may be done before another's first event.
+    """
 
     def done() -> bool:
         found: dict[tuple[int, int], int] = {}
@@ -103,7 +108,7 @@ def wait_pushed(log: Path, blocks: int, *, timeout_s: float = 20.0) -> None:
             if event["event"] == "push_done":
                 part = event["rank"], event["window"]
                 found[part] = found.get(part, 0) + event["blocks"]
-        return bool(found) and min(found.values()) >= blocks
+        return len(found) >= ranks * windows and min(found.values()) >= blocks
 
     wait_for(f"{blocks} blocks pushed ({log})", done, timeout_s)
 
