@@ -203,7 +203,7 @@ def test_z_a_killed_prefill_engine_leaves_what_is_whole(pair: Pair) -> None:
         prompts,
         computed=CHUNK + 1,
         layer=DEMO.layers // 2,
-        hold_s=0.1,
+        hold_s=0.5,  # what is computed of the first chunk is pushed by then
         signal_number=signal.SIGKILL,
         transfer=PREFILL_LEG,
     )
