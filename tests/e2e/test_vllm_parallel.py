@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kvproto.prefix import prefix_hashes
-from tests.support.cutting import SeveringRelay
 from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
     answer_complaints,
@@ -25,6 +24,7 @@ from tests.support.kv_oracle import (
 )
 from tests.support.model_zoo import FAMILIES, ids, write_family
 from tests.support.server import ServerProcess, start_server
+from tests.support.severing import SeveringRelay
 from tests.support.tiny_models import TINY, prompt, write_model
 from tests.support.ways import WAYS, Way
 

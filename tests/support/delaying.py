@@ -7,29 +7,20 @@ import socket
 import threading
 import time
 from collections import deque
-from types import TracebackType
-from typing import Self
 
-CHUNK = 64 << 10
+from tests.support.relay import CHUNK, Relay, Work, shut
 
 
-class DelayingRelay:
+class DelayingRelay(Relay):
     """Everything that the target sends arrives `delay_s` later; what it is sent, at once.
 
     `delay_s` may be changed at any time and holds at once, also for what is on its way. Order is
-    kept, nothing is dropped. Threads end with the relay.
+    kept, nothing is dropped.
     """
 
     def __init__(self, target: str, delay_s: float = 0.0) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        super().__init__(target)
         self._delay_s = delay_s
-        self._changed = threading.Condition()
-        self._closed = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     @property
     def delay_s(self) -> float:
@@ -41,53 +32,23 @@ class DelayingRelay:
             self._delay_s = seconds
             self._changed.notify_all()
 
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
+    def admit(self, port: int) -> Work:
+        return self._relay
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for one in [self._listener, *self._sockets]:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(10)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
-            except OSError:
-                if self._closed:
-                    return
-                near.close()  # the target is away: whoever asked is told
-                continue
-            for one in (near, far):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sockets += [near, far]
-            held: deque[tuple[float, bytes]] = deque()
-            for work in (
-                threading.Thread(target=self._pass, args=(near, far)),
-                threading.Thread(target=self._hold, args=(far, held)),
-                threading.Thread(target=self._give, args=(near, held)),
-            ):
-                self._threads.append(work)
-                work.start()
-
-    def _pass(self, near: socket.socket, far: socket.socket) -> None:
+    def _relay(self, near: socket.socket, far: socket.socket) -> None:
+        held: deque[tuple[float, bytes]] = deque()
+        others = [
+            threading.Thread(target=self._hold, args=(far, held)),
+            threading.Thread(target=self._give, args=(near, held)),
+        ]
+        for thread in others:
+            thread.start()
         with contextlib.suppress(OSError):
             while raw := near.recv(CHUNK):
                 far.sendall(raw)
-        _end(far)
+        shut(far)
+        for thread in others:
+            thread.join()
 
     def _hold(self, far: socket.socket, held: deque[tuple[float, bytes]]) -> None:
         """Take in what the target says; the last, empty piece says that it is over."""
@@ -100,15 +61,13 @@ class DelayingRelay:
             with self._changed:
                 held.append((time.monotonic(), raw))
                 self._changed.notify_all()
-        far.close()
 
     def _give(self, near: socket.socket, held: deque[tuple[float, bytes]]) -> None:
         """Pass it on when it is due."""
         with contextlib.suppress(OSError):
             while raw := self._due(held):
                 near.sendall(raw)
-        _end(near)
-        near.close()
+        shut(near)
 
     def _due(self, held: deque[tuple[float, bytes]]) -> bytes:
         with self._changed:
@@ -118,8 +77,3 @@ class DelayingRelay:
                     return held.popleft()[1]
                 self._changed.wait(left)
         return b""
-
-
-def _end(one: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        one.shutdown(socket.SHUT_RDWR)
