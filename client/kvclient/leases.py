@@ -77,13 +77,18 @@ class Leases:
             return self._flushes
 
     async def _flush(self) -> None:
-        while self._more():
+        # Waits before it looks: the next Acquire has mostly taken by then what was to be flushed,
+        # and were this to end for that, each lease would wake the loop anew.
+        more = True
+        while more:
             if not self._hurry.is_set():
                 with suppress(*TIMEOUTS):
                     await asyncio.wait_for(self._hurry.wait(), RELEASE_PAUSE_S)
             self._hurry.clear()
             for link in list(self._pending):
-                await self._send(link, self.take(link))
+                if packed := self.take(link):
+                    await self._send(link, packed)
+            more = self._more()
 
     async def _send(self, link: Link, packed: bytes) -> None:
         async def make(at: Link) -> pb.ReleaseRequest:
