@@ -13,7 +13,8 @@ Rules:
     RESERVED, of the granted generation, and names the client. All of that is looked at on the
     loop's thread, where slots are freed, and again by the agent's thread before each post.
  3. Bytes that arrived are hashed before they are answered as OK: a reader's mismatch must mean
-    that something happened to the arena.
+    that something happened to the arena. A thread hashes what is whole while the rest still moves,
+    out of the cache that the copy left it in.
  4. A Move that is not terminal at its deadline is answered without its fence, stopped, and kept
     until it is. Until then the client is not idle, so its slots stay in quarantine.
  5. A move number is used once; `settle` also bars numbers that have not arrived yet.
@@ -26,7 +27,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,6 +71,7 @@ class _Move:
     order: Order
     job: Job
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    hashed: list[Future[list[int]]] = field(default_factory=list)  # the wrong ones of some places
 
 
 @dataclass(eq=False, slots=True)
@@ -295,7 +297,7 @@ class Moves:
             statuses[item] = Status.OK if ended is Ended.OK else Status.STALE
         trailers = b""
         if terminal and order.op is Op.WRITE:
-            await self._verify(order, statuses)
+            await self._verify(move, statuses)
         elif order.op is Op.READ:
             trailers = self._trailers(order, statuses)
         self.items_stale += int((statuses == Status.STALE).sum())
@@ -357,7 +359,12 @@ class Moves:
         memory, device = kind
         posts = order.posts(admitted, base=agent.base, device=device)
 
-        def ended(job: Job) -> None:  # on the agent's thread
+        def arrived(items: list[int]) -> None:  # on the agent's thread
+            if order.op is Op.WRITE:
+                hashing = self._hashing.submit(order.corrupt, self._host.slot, items)
+                move.hashed.append(hashing)
+
+        def ended(job: Job) -> None:  # on the agent's thread, after the last `arrived`
             loop.call_soon_threadsafe(self._over, attachment, move)
 
         job = Job(
@@ -368,6 +375,7 @@ class Moves:
             outcomes=np.zeros(len(order.places), np.uint8),
             current=lambda at: self._current(order.op, order.places[at]),
             before_post=lambda: failpoints.hit("nixl.post"),
+            arrived=arrived,
             ended=ended,
         )
         move = _Move(order, job)
@@ -383,17 +391,15 @@ class Moves:
         del attachment.moves[move.order.number]
         move.over.set()
 
-    async def _verify(self, order: Order, statuses: Bytes) -> None:
-        """Hash what arrived (rule 3); CORRUPT where it is not what the client sent."""
-        good = [at for at in range(len(statuses)) if statuses[at] == Status.OK]
-
-        assert self._loop is not None
-        for at in await self._loop.run_in_executor(
-            self._hashing, order.corrupt, self._host.slot, good
-        ):
-            current = self._current(order.op, order.places[at])
-            statuses[at] = Status.CORRUPT if current else Status.STALE
-            self.items_corrupt += current
+    async def _verify(self, move: _Move, statuses: Bytes) -> None:
+        """Wait for the hashes of what arrived (rule 3); CORRUPT where it is not what was sent."""
+        for hashing in move.hashed:
+            for at in await asyncio.wrap_future(hashing):
+                if statuses[at] != Status.OK:
+                    continue
+                current = self._current(move.order.op, move.order.places[at])
+                statuses[at] = Status.CORRUPT if current else Status.STALE
+                self.items_corrupt += current
 
     def _trailers(self, order: Order, statuses: Bytes) -> bytes:
         """Each slot's trailer, read while its generation stands; zeros where it does not."""

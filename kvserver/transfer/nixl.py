@@ -4,6 +4,7 @@ The server initiates: a push is a READ of client memory into slots, a pull a WRI
 client memory. A Job is one client's batch, cut into Posts of at most POST_BYTES.
 
     queued -> posted -> terminal (DONE, ERR) -> `ended` is called, once, with what became of it
+                            \\--each item of which every byte came: `arrived`, while the rest moves
 
 Rules:
  1. Only the agent's thread calls NIXL. Over CMA a post copies before it returns, so posts are
@@ -24,7 +25,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class Post:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """`ended(job)` is called on the agent's thread when nothing of the job runs any more."""
+    """`ended(job)` is called on the agent's thread when nothing of the job runs any more, and
+    before it, once an item at most, `arrived(items)` of those whose posts are all DONE.
+    """
 
     client: int
     read: bool  # from the client into slots
@@ -95,11 +98,16 @@ class Job:
     outcomes: Bytes  # [items] Ended
     current: Callable[[int], bool]  # item -> its slot is what was granted
     ended: Callable[[Job], None]
+    arrived: Callable[[list[int]], None] = lambda items: None
     before_post: Callable[[], None] = lambda: None  # a place for tests to wait at
     stopped: bool = False  # post no more of it
     _next: int = 0
     _running: int = 0
     _over: bool = False
+    _left: Counter[int] = field(init=False)  # posts of an item that are not DONE
+
+    def __post_init__(self) -> None:
+        self._left = Counter(item for post in self.posts for item in post.items)
 
     def stop(self) -> None:
         self.stopped = True
@@ -423,6 +431,10 @@ class NixlAgent:
             moved = int(post.local[:, 1].sum())
             self.bytes_read += moved if job.read else 0
             self.bytes_written += 0 if job.read else moved
+            job._left.subtract(post.items)
+            whole = [item for item in post.items if not job._left[item]]
+            if whole:
+                job.arrived(whole)
             return
         self.posts_failed += 1
         for item in post.items:

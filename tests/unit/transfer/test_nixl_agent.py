@@ -83,6 +83,7 @@ class Bench:
         self.reports: list[tuple[str, BaseException]] = []
         self.rebuilt = 0
         self.lost: set[int] = set()
+        self.arrived: list[list[int]] = []
         self.agent = NixlAgent(
             self.area,
             backend="UCX",
@@ -127,6 +128,7 @@ class Bench:
             outcomes=np.zeros(items, np.uint8),
             current=lambda item: item not in self.lost,
             ended=lambda _: over.set(),
+            arrived=self.arrived.append,
         )
         return job, over
 
@@ -154,6 +156,37 @@ def test_a_job_ends_when_all_its_posts_are_done(bench: Bench) -> None:
     assert job.outcomes.tolist() == [Ended.OK, Ended.OK]
     assert bench.puppet.posted == [("c-1", PIECE)] * 6
     assert bench.agent.bytes_read == 6 * PIECE
+
+
+def test_an_item_has_arrived_with_the_last_of_its_posts(bench: Bench) -> None:
+    bench.attach(1)
+    bench.puppet.at_once = False
+    job, over = bench.job(1, items=2, posts=4)  # of items 0, 1, 0, 1
+    bench.agent.submit(job)
+    for handle in (1, 2):
+        eventually(lambda: handle in bench.puppet.states, "posted")  # noqa: B023
+        bench.puppet.states[handle] = State.DONE
+    eventually(lambda: len(bench.puppet.posted) == 4, "all posted")
+    assert bench.arrived == [], "half of each item"
+    bench.puppet.states[3] = State.DONE
+    eventually(lambda: bench.arrived == [[0]], "the first item has arrived")
+    assert not over.is_set(), "while the other still moves"
+    bench.puppet.states[4] = State.DONE
+    assert over.wait(5)
+    assert bench.arrived == [[0], [1]]
+
+
+def test_an_item_of_which_a_post_failed_has_not_arrived(bench: Bench) -> None:
+    bench.attach(1)
+    bench.puppet.at_once = False
+    job, over = bench.job(1, items=2, posts=3)  # of items 0, 1, 0
+    bench.agent.submit(job)
+    for handle, state in ((1, State.DONE), (2, State.DONE), (3, State.FAILED)):
+        eventually(lambda: handle in bench.puppet.states, "posted")  # noqa: B023
+        bench.puppet.states[handle] = state
+    assert over.wait(5)
+    assert bench.arrived == [[1]]
+    assert job.outcomes.tolist() == [Ended.FAILED, Ended.OK]
 
 
 def test_clients_take_turns(bench: Bench) -> None:
