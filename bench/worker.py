@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvclient import AsyncClient, Client, KVError
+from kvclient.staging import aligned
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
 
@@ -72,13 +73,13 @@ class Worker:
         size = grid.payload_bytes()
         self._rng = np.random.default_rng()
         self._sources: list[Bytes] = []
-        whole = np.empty((sources, *shape), dtype=np.uint8)
+        whole = aligned(sources * size).reshape(sources, *shape)
         for i in range(sources):
             whole[i] = np.frombuffer(
                 np.random.default_rng((seed, i)).bytes(size), np.uint8
             ).reshape(shape)
         self._sources = list(whole)
-        targets_whole = np.empty((targets, *shape), dtype=np.uint8)
+        targets_whole = aligned(targets * size).reshape(targets, *shape)
         targets_whole[:] = 1
         self._targets: list[Bytes] = list(targets_whole)
         self._block_bytes = size
@@ -184,7 +185,7 @@ class Worker:
         if arena_bytes:
             self._bare_memory = np.frombuffer(mmap.mmap(-1, arena_bytes), np.uint8)
         else:
-            self._bare_memory = np.empty(BARE_BYTES, np.uint8)
+            self._bare_memory = aligned(BARE_BYTES)
         self._bare_memory[:] = 1
 
     def plan_bare(self, *, sends: bool) -> None:

@@ -309,6 +309,7 @@ class AsyncNamespace:
 
         `out` is uint8 [N, layers, heads, pages * page_bytes] or a list of such blocks, each cell
         contiguous. A block is found with exactly the bytes that were committed, or it is a miss.
+        Cells that begin at multiples of 64 bytes are filled fastest (`kvclient.staging.aligned`).
         When this returns or raises, nothing writes to `out` any more; but for memory that was
         registered (`AsyncClient.register`): then see `pin` of what is raised.
         """

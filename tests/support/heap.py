@@ -14,9 +14,10 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
+from kvclient.staging import ALIGN_BYTES, aligned
+
 Bytes = npt.NDArray[np.uint8]
 HEAP_BYTES = 512 << 20  # touched only where it is used
-_ALIGN = 64
 
 
 class Heap:
@@ -34,14 +35,14 @@ class Heap:
     def array(self, shape: tuple[int, ...]) -> Bytes:
         """uint8, with whatever stood there; of ordinary memory while nobody has registered this."""
         size = int(np.prod(shape))
-        room = -(-size // _ALIGN) * _ALIGN
+        room = -(-size // ALIGN_BYTES) * ALIGN_BYTES
         for at, (start, stop) in enumerate(self._free):
             if stop - start >= room > 0:
                 self._free[at] = (start + room, stop)
                 holder = (ctypes.c_uint8 * size).from_address(self.memory.ctypes.data + start)
                 weakref.finalize(holder, self._give_back, start, start + room)
                 return np.frombuffer(holder, np.uint8).reshape(shape)
-        return np.empty(shape, np.uint8)
+        return aligned(size).reshape(shape)
 
     def _give_back(self, start: int, stop: int) -> None:
         merged: list[tuple[int, int]] = []

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvclient import Scattered
+from kvclient.staging import aligned
 from kvserver_vllm.layout import Bytes
 from kvserver_vllm.messages import BlockPages
 from kvserver_vllm.rank import Rank, RankSection
@@ -57,7 +58,7 @@ class Direct:
         size = int(np.prod(shape))
         kept: Bytes | None = getattr(self._scratch, "kept", None)
         if kept is None or kept.size < size:
-            kept = self._scratch.kept = np.empty(size, np.uint8)
+            kept = self._scratch.kept = aligned(size)
         return kept[:size].reshape(shape)
 
     async def quiet(self, blocks: Sequence[BlockPages]) -> None:

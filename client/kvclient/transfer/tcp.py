@@ -28,6 +28,7 @@ import numpy as np
 
 from kvclient.copying import Checksums, Copier, Outcome, Reading, Writing
 from kvclient.errors import KVError, Unavailable
+from kvclient.staging import aligned
 from kvclient.timing import Deadline
 from kvclient.tls import Tls
 from kvclient.transfer.base import Bytes
@@ -375,7 +376,7 @@ def _flat(chunk: Bytes, scratch: list[Bytes]) -> memoryview:
 
 def _scratch(kept: list[Bytes], size: int) -> Bytes:
     if not kept or kept[0].size < size:
-        kept[:] = [np.empty(size, np.uint8)]
+        kept[:] = [aligned(size)]
     return kept[0][:size]
 
 
