@@ -46,6 +46,7 @@ from kvserver.transfer.tcp.slots import Rows, Slots
 from kvserver.transfer.tcp.stream import Ended, Stalled, Stream
 
 CHUNK_BYTES = 1 << 20  # at most so much between two looks at a generation
+MORE_BYTES = 512 << 10  # of a frame that is coming, worth a wake-up
 SCRATCH_BYTES = 256 << 10
 LINGER_BYTES = 4 << 20  # of a refused peer's frame, thrown away so that it can read the answer
 LINGER_S = 1.0
@@ -210,7 +211,7 @@ class Connection:
                 break
             count = stream.receive_some(views)
             if count == 0:
-                stream.wait_read()
+                stream.wait_more(min(MORE_BYTES, rows.nbytes - done))
                 continue
             done += count
             sums += rows.checksums(len(sums), done // place.cell_bytes)
