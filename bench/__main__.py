@@ -1,8 +1,9 @@
 """`make bench`: figures of a real kvserver with real clients, as JSON and as a table.
 
-    python -m bench [--quick] [--only transfer|lookup|restart|tcp] [--clients N] [--out FILE]
+    python -m bench [--quick] [--only SECTION] [--clients N] [--apart] [--out FILE]
 
-The whole run takes about six minutes and up to 12 GiB of memory on two cores; `--quick` takes
+Sections are transfer, lookup, restart, tcp and control; `--only` may be given more than once.
+The whole run takes about eight minutes and up to 12 GiB of memory on two cores; `--quick` takes
 half a minute and shows that everything works, its figures are no yardstick.
 """
 
@@ -17,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import control, machine, report, transfer, wire
+from bench import control, load, machine, report, transfer, wire
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("transfer", "lookup", "restart", "tcp")
+SECTIONS = ("transfer", "lookup", "restart", "tcp", "control")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,9 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
         blocks = 2_000 if options.quick else 100_000
         result["restart"] = asdict(control.measure_restart(blocks=blocks, progress=progress))
     if "tcp" in sections:
-        rounds, seconds = (3, 3.0) if options.quick else (15, 20.0)
-        wires, calls = wire.measure_tcp(rounds=rounds, seconds=seconds, progress=progress)
+        wires = wire.measure_tcp(rounds=3 if options.quick else 15, progress=progress)
         result["wire"] = [asdict(row) for row in wires]
+    if "control" in sections:
+        rounds, seconds = (1, 2.0) if options.quick else (6, 4.0)
+        calls = load.measure_load(
+            rounds=rounds, seconds=seconds, apart=options.apart, progress=progress
+        )
         result["control"] = [asdict(row) for row in calls]
     result["seconds"] = round(time.monotonic() - began, 1)
 
@@ -83,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=int,
         help="push and pull with so many clients; may be given more than once (default: 1 and 4)",
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="control: the load has the last core for itself, the hub and who asks have the others",
     )
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/DATE.json)")
     return parser

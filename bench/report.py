@@ -17,7 +17,9 @@ def table(result: dict[str, Any]) -> str:
     if "restart" in result:
         parts.append(_restart(result["restart"]))
     if "wire" in result:
-        parts += [_wire(result["wire"]), _control(result["control"])]
+        parts.append(_wire(result["wire"]))
+    if "control" in result:
+        parts.append(_control(result["control"]))
     return "\n\n".join(parts)
 
 
@@ -128,16 +130,17 @@ def _wire(rows: list[dict[str, Any]]) -> str:
 
 def _control(rows: list[dict[str, Any]]) -> str:
     return aligned(
-        ("under data load", "idle p50 ms", "p99", "loaded p50", "p99", "p99 ratio", "data GB/s"),
+        ("beside a client", "idle p50 ms", "p99", "beside p50", "p99", "p99 ratio", "GB/s", ""),
         [
             (
-                f"{row['call']}, {row['transport']}",
+                f"{row['transport']}, {row['call']}",
                 f"{row['idle_p50_ms']:.2f}",
                 f"{row['idle_p99_ms']:.2f}",
                 f"{row['loaded_p50_ms']:.2f}",
                 f"{row['loaded_p99_ms']:.2f}",
                 f"{row['ratio']:.2f}",
                 f"{row['data_gb_s']:.2f}",
+                "pass" if row["ratio"] <= row["ratio_max"] else "MISS",
             )
             for row in rows
         ],

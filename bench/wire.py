@@ -1,4 +1,4 @@
-"""Push and pull over tcp, as ratios to a bare socket; and what the data load costs control calls.
+"""Push and pull over tcp, as ratios to a bare socket.
 
 Method. The client process pushes or pulls batches of 8 MiB blocks over ONE connection; before each
 sample the same number of bytes goes through a bare loopback socket between two processes, 1 MiB a
@@ -6,14 +6,10 @@ call, in the same direction, between memory of the same kinds: the client's bloc
 shared mapping of which random extents are used, as a hub's arena is. The median of the pairwise
 ratios is the figure. A push and a pull
 include everything: the gRPC calls, a checksum of each cell on both sides, the check of the root.
-
-Control calls: a lookup of 1,024 keys and an empty call, in turns, 20 pairs a second, first with the
-hub idle, then while another process pushes and pulls without a pause.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -21,9 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from bench.control import LOOKUP_KEYS
 from bench.fleet import Fleet
 from bench.transfer import full_plan, wait_resident
 from bench.worker import BARE_BYTES
@@ -32,8 +25,6 @@ from tests.support.server import free_port, start_server
 Progress = Callable[[str], None]
 BATCH = 16
 FLOOR = 0.8
-CONTROL_RATIO_MAX = 2.0
-_PAUSE_S = 0.05
 _LEAD_S = 0.01
 
 
@@ -53,23 +44,7 @@ class WireRow:
     floor_met: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ControlRow:
-    """Milliseconds of one kind of call, idle and under data load; `ratio` is of the p99."""
-
-    transport: str
-    call: str
-    idle_p50_ms: float
-    idle_p99_ms: float
-    loaded_p50_ms: float
-    loaded_p99_ms: float
-    ratio: float
-    data_gb_s: float
-
-
-def measure_tcp(
-    *, rounds: int, seconds: float, progress: Progress
-) -> tuple[list[WireRow], list[ControlRow]]:
+def measure_tcp(*, rounds: int, progress: Progress) -> list[WireRow]:
     plan = full_plan()
     host_bytes = int(6 * BATCH * plan.block_bytes * 1.2) + (64 << 20)
     with (
@@ -92,9 +67,7 @@ def measure_tcp(
         fleet.result(worker=1)
         known = fleet.one("publish", count=4 * BATCH, batch=BATCH)
         fleet.one("learn", keys=known[-BATCH:])
-        rows = [_row(fleet, name, rounds, progress) for name in ("pull", "push")]
-        control = _control(fleet, server.address, plan.spec.canonical, seconds, progress)
-    return rows, control
+        return [_row(fleet, name, rounds, progress) for name in ("pull", "push")]
 
 
 def _row(fleet: Fleet, operation: str, rounds: int, progress: Progress) -> WireRow:
@@ -128,28 +101,3 @@ def _row(fleet: Fleet, operation: str, rounds: int, progress: Progress) -> WireR
     )
     progress(f"tcp {operation}: {row.speed_gb_s} GB/s, bare {row.bare_gb_s}, ratio {row.ratio}")
     return row
-
-
-def _control(
-    fleet: Fleet, address: str, spec: bytes, seconds: float, progress: Progress
-) -> list[ControlRow]:
-    keys = [os.urandom(32) for _ in range(LOOKUP_KEYS)]
-    pace = {"address": address, "spec": spec, "keys": keys, "pause_s": _PAUSE_S}
-    idle = fleet.one("pace_lookups", worker=1, seconds=seconds, **pace)
-    fleet.begin("traffic", batch=BATCH // 2, seconds=2 * seconds + 2)
-    loaded = fleet.one("pace_lookups", worker=1, seconds=seconds, **pace)
-    moved = fleet.result()
-    rows = []
-    for call, quiet, busy in zip(("lookup", "empty call"), idle, loaded, strict=True):
-        p50, p99 = _percentiles(quiet)
-        busy50, busy99 = _percentiles(busy)
-        speed = moved / (2 * seconds + 2) / 1e9
-        ratio = round(busy99 / p99, 2)
-        rows.append(ControlRow("tcp", call, p50, p99, busy50, busy99, ratio, round(speed, 2)))
-        progress(f"{call}: p99 {p99} ms idle, {busy99} ms under {speed:.2f} GB/s")
-    return rows
-
-
-def _percentiles(seconds: list[float]) -> tuple[float, float]:
-    p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
-    return round(float(p50), 2), round(float(p99), 2)
