@@ -75,6 +75,8 @@ def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                     server.address,
                     role=role,
                     event_log=path / f"{name}.jsonl",
+                    intent_wait_ms=20_000,
+                    handoff_wait_ms=60_000,  # a slow machine needs ten seconds for the long one
                     **way.settings(server),
                     **PATIENT,
                 )
