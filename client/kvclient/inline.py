@@ -14,6 +14,7 @@ Rules:
     RETRY_S at the earliest.
  4. Work that outlives its caller (an abort after a failure) is the loop's.
  5. `close` returns when nothing is copied here any more.
+ 6. Who waits here does so awake for a moment (`kvclient.lookout`), where cores are free.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvclient.copying import HERE_BYTES_MAX, Copier, Piece
 from kvclient.errors import KVError, Unavailable, late
 from kvclient.leases import Leases
 from kvclient.local import read_reply
+from kvclient.lookout import Lookout
 from kvclient.namespace import AsyncNamespace
 from kvclient.options import Options
 from kvclient.runner import Runner
@@ -177,6 +179,7 @@ class _Line:
         if answer.status is not Status.OK:
             self._socket.close()
             raise ConnectionRefusedError(answer.text)
+        self._lookout = Lookout(self._socket)
 
     def takes(self, name: str, request: Message) -> bool:
         return (
@@ -207,6 +210,7 @@ class _Line:
         """The next reply to the call that was sent last. Unavailable, DeadlineExceeded."""
         try:
             while not self._ready:
+                self._lookout.look()
                 self._socket.settimeout(max(deadline.left(), 1e-3))
                 raw = self._socket.recv(_RECEIVE_BYTES)
                 if not raw:
