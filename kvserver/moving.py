@@ -13,6 +13,7 @@ from kvserver.runtime.node import Node
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.base import TransferError
+from kvserver.transfer.hashing import Hashing
 from kvserver.transfer.nixl import NixlAgent
 
 
@@ -36,6 +37,9 @@ async def open_moves(
         host=host,
         liveness=liveness,
         permits=node.permits,
+        hashing=Hashing(
+            host, host.slot, nice=settings.tcp_worker_nice, log=logs.get_logger("nixl")
+        ),
         move_s_max=settings.nixl_move_ms / 1000,
     )
     parts.push_async_callback(moves.close)

@@ -13,8 +13,8 @@ Rules:
     RESERVED, of the granted generation, and names the client. All of that is looked at on the
     loop's thread, where slots are freed, and again by the agent's thread before each post.
  3. Bytes that arrived are hashed before they are answered as OK: a reader's mismatch must mean
-    that something happened to the arena. A thread hashes what is whole while the rest still moves,
-    out of the cache that the copy left it in.
+    that something happened to the arena. What is whole is hashed while the rest still moves, out of
+    the cache that the copy left it in, and not by this process (`kvserver.transfer.hashing`).
  4. A Move that is not terminal at its deadline is answered without its fence, stopped, and kept
     until it is. Until then the client is not idle, so its slots stay in quarantine.
  5. A move number is used once; `settle` also bars numbers that have not arrived yet.
@@ -52,6 +52,7 @@ from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.base import TransferError
+from kvserver.transfer.hashing import Hashing
 from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
@@ -110,6 +111,7 @@ class Moves:
         host: HostArena,
         liveness: Liveness,
         permits: Permits,
+        hashing: Hashing,
         move_s_max: float,
     ) -> None:
         self._driver = driver
@@ -122,7 +124,8 @@ class Moves:
         self._attached: dict[int, Attachment] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="nixl-hash")
+        self._hashing = hashing
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="nixl-hash")
         self.moves = 0
         self.moves_late = 0
         self.items_stale = 0
@@ -139,6 +142,7 @@ class Moves:
                 await asyncio.wrap_future(agent.start())
         except TimeoutError as error:
             raise TransferError(f"nixl: no agent within {START_S} s") from error
+        self._hashing.start()
         self._sweeper = self._loop.create_task(self._sweep(), name="nixl-sweep")
 
     async def close(self) -> None:
@@ -148,7 +152,8 @@ class Moves:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         if self._agent is not None:
             await asyncio.to_thread(self._agent.close)
-        await asyncio.to_thread(self._hashing.shutdown)
+        await asyncio.to_thread(self._asking.shutdown)
+        await asyncio.to_thread(self._hashing.close)
         for attachment in self._attached.values():
             os.close(attachment.lock_fd)
         self._attached.clear()
@@ -361,8 +366,7 @@ class Moves:
 
         def arrived(items: list[int]) -> None:  # on the agent's thread
             if order.op is Op.WRITE:
-                hashing = self._hashing.submit(order.corrupt, self._host.slot, items)
-                move.hashed.append(hashing)
+                move.hashed.append(self._asking.submit(order.corrupt, self._hashing.sums, items))
 
         def ended(job: Job) -> None:  # on the agent's thread, after the last `arrived`
             loop.call_soon_threadsafe(self._over, attachment, move)

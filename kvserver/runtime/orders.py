@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place
 from kvproto.grid import Region
 from kvproto.nixlib import Memory
@@ -87,21 +86,15 @@ class Order:
             device=device,
         )
 
-    def corrupt(self, slot: Callable[[int, int], Bytes], chosen: Sequence[int]) -> list[int]:
+    def corrupt(
+        self, sums: Callable[[Region, Sequence[Place]], Numbers], chosen: Sequence[int]
+    ) -> list[int]:
         """Which of these places of a WRITE do not match their checksums as they stand in the arena.
-        `slot(offset, bytes)` gives a view of it."""
+        `sums` finds those (`kvserver.transfer.hashing`)."""
         assert self.checksums is not None
-        region, wrong = self.region, []
-        for at in chosen:
-            place = self.places[at]
-            view = slot(place.offset, place.payload_bytes)
-            cells = view.reshape(place.layers, place.heads, place.cell_bytes)
-            part = cells[
-                region.layer_start : region.layer_stop, region.head_start : region.head_stop
-            ]
-            if not np.array_equal(grid_checksums(part), self.checksums[at]):
-                wrong.append(at)
-        return wrong
+        found = sums(self.region, [self.places[at] for at in chosen])
+        wrong = (found != self.checksums[list(chosen)]).any(axis=1)
+        return [at for at, bad in zip(chosen, wrong.tolist(), strict=True) if bad]
 
 
 @dataclass(frozen=True, slots=True)

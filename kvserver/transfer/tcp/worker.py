@@ -126,7 +126,7 @@ class Worker:
             os.close(arena_fd)
         self._setup = setup
         if self._exit:
-            _step_back(setup.nice)
+            step_back(setup.nice)
         self._permits = Permits(bytes.fromhex(setup.secret))
         self._tls: ssl.SSLContext | None = None
         if setup.tls_cert:
@@ -292,7 +292,7 @@ def _refuse(sock: socket.socket) -> None:
         sock.send(encode_welcome(Welcome(HelloStatus.BUSY, "too many connections; try again")))
 
 
-def _step_back(nice: int) -> None:
+def step_back(nice: int) -> None:
     """Let the server's loop run first where cores are short (ADR 0005): a data worker that wakes
     up does not push it off its core. With 0 nothing is changed."""
     if nice:

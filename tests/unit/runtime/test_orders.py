@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place
 from kvproto.grid import Region
 from kvserver.runtime.orders import Order
+from kvserver.transfer.hashing import sums_here
 
 
 @st.composite
@@ -79,9 +82,9 @@ def test_corrupt_names_what_does_not_match() -> None:
     order = Order(
         1, Op.WRITE, region, places, np.zeros((3, 1), np.uint64), np.array(sums), 1.0
     )  # fmt: skip
-    view = lambda offset, size: arena[offset : offset + size]  # noqa: E731
-    assert order.corrupt(view, [0, 1, 2]) == []
+    found = partial(sums_here, lambda offset, size: arena[offset : offset + size])
+    assert order.corrupt(found, [0, 1, 2]) == []
     arena[512 + (1 * 3 + 1) * 8] ^= 1
     arena[1024] ^= 1  # outside the region
-    assert order.corrupt(view, [0, 1, 2]) == [1]
-    assert order.corrupt(view, [0, 2]) == []
+    assert order.corrupt(found, [0, 1, 2]) == [1]
+    assert order.corrupt(found, [0, 2]) == []
