@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -26,9 +26,17 @@ CONTENT = 2 * DIMS
 ORDERS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
 
 
-def kv_tensors(order: str, tokens: int, *, dtype=torch.float32, offset: int = 0, pad: int = 0):
+def kv_tensors(
+    order: str,
+    tokens: int,
+    *,
+    dtype=torch.float32,
+    offset: int = 0,
+    pad: int = 0,
+    blocks: int = BLOCKS,
+):
     """Layers over one storage in physical order `order`, `pad` items between blocks' rows."""
-    sizes = {"L": LAYERS, "B": BLOCKS, "H": HEADS, "N": tokens, "C": CONTENT}
+    sizes = {"L": LAYERS, "B": blocks, "H": HEADS, "N": tokens, "C": CONTENT}
     strides, step = {}, 1
     for axis in reversed(order):
         strides[axis] = step
@@ -141,6 +149,30 @@ def test_cpu_blocks_of_one_size_arrive_as_another(one: int, other: int) -> None:
         tokens_of(source, from_ids, one), tokens_of(target, to_ids, other), strict=True
     ):
         assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("encoding", [TOKEN_ENCODING, LATENT_ENCODING])
+@pytest.mark.parametrize(("one", "other"), list(permutations([16, 32, 64, 128], 2)))
+def test_token_pages_of_one_block_size_arrive_as_another(
+    one: int, other: int, encoding: str
+) -> None:
+    """128 tokens out of the blocks of one engine, in no order, into those of another."""
+    source = kv_tensors("LBNHC", one, blocks=10)
+    target = kv_tensors("LBHNC", other, blocks=10, offset=8)
+    fill(source)
+    from_blocks, to_blocks = ([7, 2, 9, 1, 4, 8, 3, 6][: 128 // size] for size in (one, other))
+    read, write = HostPages(encoding, source), HostPages(encoding, target)
+    from_ids, to_ids = (
+        [block * (size // 16) + at for block in chosen for at in range(size // 16)]
+        for chosen, size in ((from_blocks, one), (to_blocks, other))
+    )
+    out = cells(read, 8)
+    read.gather(0, LAYERS, from_ids, out)
+    write.scatter(0, LAYERS, to_ids, out)
+    for have, want in zip(target, source, strict=True):
+        wanted = torch.cat([want[block] for block in from_blocks], 1)
+        assert torch.equal(torch.cat([have[block] for block in to_blocks], 1), wanted)
+        assert not have[[block for block in range(10) if block not in to_blocks]].any()
 
 
 def test_the_cpu_kernel_stores_what_the_encoding_says() -> None:

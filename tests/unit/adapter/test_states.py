@@ -16,6 +16,7 @@ import torch
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from kvproto.grid import Region
 from kvserver_vllm.common import Answer
 from kvserver_vllm.config import Settings
 from kvserver_vllm.errors import UnsupportedError
@@ -30,13 +31,20 @@ from kvserver_vllm.messages import (
     FetchProgress,
     LoadJob,
     RankHolds,
+    RankInfo,
     RankReport,
     SaveJob,
     Section,
     StepMeta,
 )
 from kvserver_vllm.rank import RankSection
-from kvserver_vllm.sections import by_section, kinds, section_attribute, state_dtypes
+from kvserver_vllm.sections import (
+    by_section,
+    kinds,
+    section_attribute,
+    section_of,
+    state_dtypes,
+)
 from kvserver_vllm.worker import WorkerHalf
 from tests.support.scheduler_world import BLOCK, ENGINE_BLOCK, FakeHub, FakeRequest, World
 from tests.support.worker_world import FakeLink, FakeNamespace, key
@@ -323,3 +331,80 @@ def test_a_state_is_pushed_and_pulled_as_one_page_and_fails_the_request() -> Non
     link.turn()
     assert (half.take_received(), half.take_lost(), half.take_invalid()) == ({"r"}, {"r"}, set())
     link.close()
+
+
+# ---- pipeline stages -------------------------------------------------------------------------
+
+NAMES = ("m.0.mamba", "m.1.mamba", "m.2.mamba", "m.3.attn")
+STAGES = [[(0, 4)], [(0, 2), (2, 4)], [(0, 3), (3, 4)]]
+"""Layers [first, last + 1) of each stage: one; states alone before both kinds; kinds apart."""
+IDS = (0, 1, 2, 3, *[5] * PAGES)
+"""Pages of the attention's group, and a block of the states' for each of them."""
+
+
+def stage_of(layers: range, kv: list[torch.Tensor]) -> tuple[list[RankSection], RankHolds]:
+    """One stage's part of a model whose tensors are `kv`, as the worker half has it."""
+    sections, infos = [], []
+    attention = [(0, kv[at]) for at in layers if at == 3]
+    states = [(1, kv[at]) for at in layers if at < 3]
+    if attention:
+        pages = GroupedPages(CPU_ENCODING, attention, 2)
+        info = RankInfo((3,), 0, HEADS, CPU_ENCODING, "float32", TOKENS, pages.format.page_bytes)
+        sections.append(RankSection(0, pages, (NAMES[3],), 0))
+        infos.append(info)
+    if states:
+        names = tuple(NAMES[at] for at in layers if at < 3)
+        held = StatePages(GroupedPages(STATE_PREFIX, states, 2), 2)
+        sections.append(RankSection(STATE, held, names, 0))
+        infos.append(replace(state_info(names, spec_of(), held, BLOCK), groups=(1,)))
+    return sections, RankHolds(tuple(infos))
+
+
+def moves(
+    stages: list[tuple[int, int]], kv: list[torch.Tensor]
+) -> Iterator[tuple[int, RankSection, Region]]:
+    """(kind, a stage's section, its place in the grid of that kind), for all stages."""
+    ranks = [stage_of(range(*layers), kv) for layers in stages]
+    held = by_section({(stage, 0): holds for stage, (_, holds) in enumerate(ranks)})
+    told = StepMeta(sections=tuple(section_of(SimpleNamespace(canonical=b""), h) for h in held))
+    for stage, (sections, _) in enumerate(ranks):
+        for section in sections:
+            yield section.window, section, section.region(told, stage)
+
+
+def pushed_by(stages: list[tuple[int, int]], kv: list[torch.Tensor]) -> dict[int, np.ndarray]:
+    """What the hub has of a block after all stages have pushed, by kind."""
+    page = GroupedPages(CPU_ENCODING, [(0, kv[3])], 2).format.page_bytes
+    slots = {
+        0: np.zeros((1, HEADS, PAGES, page), np.uint8),
+        STATE: np.zeros((3, 1, 1, STATE_BYTES), np.uint8),
+    }
+    for kind, section, region in moves(stages, kv):
+        cells = slots[kind][region.layer_start : region.layer_stop]
+        assert not cells.any(), "another stage's layers"
+        section.pages.gather(0, section.pages.layers, IDS, cells)
+    return slots
+
+
+@pytest.mark.parametrize("reader", STAGES)
+@pytest.mark.parametrize("writer", STAGES)
+def test_stages_that_lack_a_kind_of_layers_share_with_others(
+    writer: list[tuple[int, int]], reader: list[tuple[int, int]]
+) -> None:
+    """A stage without attention does not start on a CPU (vLLM's workers disagree about layouts)."""
+    states, _ = states_of(3)
+    generator = torch.Generator().manual_seed(6)
+    kv = [*states, torch.rand((BLOCKS, HEADS, TOKENS, 2 * DIMS), generator=generator)]
+    slots = pushed_by(writer, kv)
+    for kind, slot in pushed_by([(0, 4)], kv).items():
+        assert np.array_equal(slots[kind], slot), kind
+    assert np.array_equal(
+        slots[STATE][:, 0, 0].view(np.int8), torch.stack([one[5, 0, 0] for one in states]).numpy()
+    )
+    copies = [torch.zeros_like(one) for one in kv]
+    for kind, section, region in moves(reader, copies):
+        cells = slots[kind][region.layer_start : region.layer_stop]
+        section.pages.scatter(0, section.pages.layers, IDS, cells)
+    for at, (have, want) in enumerate(zip(copies, kv, strict=True)):
+        blocks = [5] if at < 3 else [0, 1, 2, 3]
+        assert torch.equal(have[blocks], want[blocks]), NAMES[at]
