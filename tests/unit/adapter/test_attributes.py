@@ -121,6 +121,39 @@ def test_an_option_that_changes_no_number_shares(
     assert spec_id(engine_config(model, **options)) == base
 
 
+W8A8: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+        }
+    },
+}
+KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+
+
+def test_the_scheme_of_a_quantised_checkpoint_counts(tmp_path: Path, base: bytes) -> None:
+    """Which layers are left alone, and whether KV has scales, too; scales are the files' bytes."""
+    schemes = [W8A8, {**W8A8, "ignore": []}, {**W8A8, "kv_cache_scheme": KV_SCHEME}]
+    ids = {base}
+    for number, scheme in enumerate(schemes):
+        path = write_config(tmp_path / str(number), quantization_config=scheme)
+        config = engine_config(path)
+        assert attributes_of(config)["quantization_method"] == "compressed-tensors"
+        ids.add(spec_id(config))
+    assert len(ids) == 1 + len(schemes)
+
+
 def test_windows_and_rope_stand_readable(windowed: Path, long: Path) -> None:
     assert attributes_of(engine_config(windowed))["window"] == '{"sliding_window":64}'
     assert "longrope" in attributes_of(engine_config(long))["rope"]
