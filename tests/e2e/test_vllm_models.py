@@ -11,8 +11,16 @@ import pytest
 
 from kvclient import Client
 from kvproto.prefix import prefix_hashes
-from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
+from tests.support.engines import (
+    PATIENT,
+    Engine,
+    EngineError,
+    Generated,
+    hub_config,
+    read_events,
+)
 from tests.support.kv_oracle import (
+    DISTINCT_TOKENS_MIN,
     answer_complaints,
     cells,
     corrupt_a_page,
@@ -92,7 +100,7 @@ class Run:
         return found
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt", "gpt2", "mistral", "gemma3", "gptoss"])
+@pytest.mark.parametrize("name", ["qwen3", "opt", "gpt2", "mistral", "gemma2", "gemma3", "gptoss"])
 def test_a_decode_engine_answers_from_what_a_prefill_engine_computed(
     name: str, tmp_path: Path
 ) -> None:
@@ -110,7 +118,12 @@ def test_a_decode_engine_answers_from_what_a_prefill_engine_computed(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("deepseek2", "float32"), ("llama", "bfloat16"), ("cohere2", "bfloat16")]
+    ("name", "dtype"),
+    [
+        ("deepseek2", "float32"),
+        ("llama", "bfloat16"),
+        ("cohere2", "bfloat16"),
+    ],
 )
 def test_two_decode_engines_agree_where_prefill_and_decode_round_differently(
     name: str, dtype: str, tmp_path: Path
@@ -128,3 +141,12 @@ def test_two_decode_engines_agree_where_prefill_and_decode_round_differently(
     assert min(one.cached, other.cached) >= FULL * BLOCK - 1
     assert run.pages() == []
     assert set(run.pulled()) == set(family.windows)
+
+
+def test_chunked_local_attention_is_refused_while_the_engine_loads(tmp_path: Path) -> None:
+    """Llama-4 runs on a CPU without a hub."""
+    model = write_family(tmp_path / "model", "llama4")
+    with Engine.start(model) as lone:
+        assert len(set(lone.generate(PROMPT, tokens=TOKENS).tokens)) >= DISTINCT_TOKENS_MIN
+    with pytest.raises(EngineError, match="KV cache of kind ChunkedLocalAttentionSpec"):
+        Engine.start(model, config=hub_config("127.0.0.1:9"))

@@ -8,19 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kvclient import Client
-from kvproto.namespace import NamespaceSpec
-from kvproto.prefix import ROOT, prefix_hashes
 from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
 from tests.support.kv_oracle import (
+    altered,
     answer_complaints,
     cells,
-    evict_all,
+    hand_off_keys,
     page_complaints,
+    replace_state,
     specs_of,
+    state_of,
     wait_connected,
     wait_for,
 )
@@ -38,11 +38,7 @@ LENGTHS = (300, 3 * BLOCK + 1, 2 * BLOCK, 90)
 PROMPTS = {length: ids(length, length) for length in LENGTHS}
 LONGER = [*PROMPTS[300], 7]
 """Handed off, it leaves the state after the last token of a prompt of 300."""
-
-
-def names_of(tokens: list[int]) -> list[bytes]:
-    """Keys of what is handed over of a prompt."""
-    return prefix_hashes(tokens[:-1], BLOCK, tail=True)
+KEYS = hand_off_keys(PROMPTS[300], BLOCK)
 
 
 class Decoder:
@@ -58,25 +54,21 @@ class Decoder:
         return answer, read_events(self.log)[before:]
 
 
-def replace_state(
-    client: Client, spec: NamespaceSpec, tokens: list[int], change: np.ndarray
-) -> None:
-    """Put other bytes behind the checksums in place of a prompt's state."""
-    namespace = client.open_namespace(spec)
-    *parents, name = names_of(tokens)
-    evict_all(client, namespace.id, [name])
-    size = (len(tokens) - 1) % BLOCK or BLOCK
-    parent = parents[-1] if parents else ROOT
-    result = namespace.push([name], change, parents=[parent], tokens=[size])
-    assert result.written == 1, result
+def hand_off(engine: Engine, log: Path, prompts: list[list[int]], *, attention: bool) -> None:
+    """Prefill them, and wait until all of it is at the hub."""
+    wait_connected(log)
+    wanted = set()
+    for tokens in prompts:
+        answer = engine.generate(tokens, tokens=1, transfer=PREFILL_LEG)
+        assert answer.params is not None
+        keys = [key.hex() for key in hand_off_keys(tokens, BLOCK)]
+        wanted |= {(keys[-1], STATE), *((key, 0) for key in keys if attention)}
 
+    def done() -> bool:
+        events = read_events(log)
+        return wanted <= {(e["hash"], e["window"]) for e in events if e["event"] == "pushed"}
 
-def state_of(client: Client, spec: NamespaceSpec, tokens: list[int]) -> np.ndarray:
-    namespace = client.open_namespace(spec)
-    grid = namespace.grid
-    data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
-    assert namespace.pull(names_of(tokens)[-1:], data).found.all()
-    return data
+    wait_for("pushes", done)
 
 
 @pytest.mark.parametrize("name", ["granite4", "mamba2", "falconh1"])
@@ -95,7 +87,11 @@ def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
             for tokens in (*PROMPTS.values(), LONGER):
                 answer = engine.generate(tokens, tokens=1, transfer=PREFILL_LEG)
                 assert answer.params is not None
-            wanted = {key.hex() for p in (*PROMPTS.values(), LONGER) for key in names_of(p)[-1:]}
+            wanted = {
+                key.hex()
+                for p in (*PROMPTS.values(), LONGER)
+                for key in hand_off_keys(p, BLOCK)[-1:]
+            }
             wait_for("pushes", lambda: wanted <= states_of(read_events(log), "pushed"))
         pushed = cells(read_events(log), "pushed")
         assert states_of(read_events(log), "pushed") == wanted, "a state of each prompt, no other"
@@ -108,33 +104,27 @@ def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
                 assert answer_complaints(got, want[length]) == [], f"prompt of {length} tokens"
                 scheduled = [(e["tokens"], e["left"]) for e in events if e["event"] == "scheduled"]
                 assert scheduled == [(1, 1)]
-                pulled = cells(events, "pulled")
+                pulled, keys = cells(events, "pulled"), hand_off_keys(tokens, BLOCK)
                 assert page_complaints(pushed, pulled) == []
-                assert states_of(events, "pulled") == {names_of(tokens)[-1].hex()}
+                assert states_of(events, "pulled") == {keys[-1].hex()}
                 if 0 in family.windows:
-                    assert {key for key, _ in pulled} == {key.hex() for key in names_of(tokens)}
+                    assert {key for key, _ in pulled} == {
+                        key.hex() for key in hand_off_keys(tokens, BLOCK)
+                    }
             with Client.connect(server.address) as client:
                 spec = next(s for s in specs_of(client) if s.encoding.startswith("state-"))
-                good = state_of(client, spec, PROMPTS[300])
-                after = state_of(client, spec, LONGER)
+                good = state_of(client, spec, KEYS)
+                after = state_of(client, spec, hand_off_keys(LONGER, BLOCK))
                 assert (good != after).any()
                 # A state after the last token, and one with a layer altered: either is seen.
                 for bad in (after, altered(good)):
-                    replace_state(client, spec, PROMPTS[300], bad)
+                    replace_state(client, spec, KEYS, bad, tokens=299 % BLOCK)
                     got, events = decoder.answer(PROMPTS[300])
                     assert answer_complaints(got, want[300]) != []
                     assert len(page_complaints(pushed, cells(events, "pulled"))) == 1
-                replace_state(client, spec, PROMPTS[300], good)
+                replace_state(client, spec, KEYS, good, tokens=299 % BLOCK)
             got, _ = decoder.answer(PROMPTS[300])
             assert answer_complaints(got, want[300]) == []
-
-
-def altered(state: np.ndarray) -> np.ndarray:
-    """With the numbers of the last layer doubled."""
-    changed = state.copy()
-    numbers = changed[0, -1].view(np.float32)
-    numbers *= 2.0
-    return changed
 
 
 def states_of(events: list[dict[str, Any]], kind: str) -> set[str]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvclient import Client
 from kvproto.namespace import NamespaceSpec
-from kvproto.prefix import ROOT
+from kvproto.prefix import ROOT, prefix_hashes
 from tests.support.engines import Generated, read_events
 from tests.support.server import ServerProcess
 
@@ -30,6 +31,9 @@ Cells = dict[tuple[str, int], frozenset[str]]
 
 Layers count within a section, whose window tells it from others; pages count within the block.
 """
+
+
+States = npt.NDArray[np.uint8]
 
 
 def cells(events: Iterable[Mapping[str, Any]], kind: str) -> Cells:
@@ -171,6 +175,40 @@ def corrupt_a_page(
     page += 1.0
     result = namespace.push(hashes, data, parents=[ROOT, *hashes[:-1]])
     assert result.written == len(hashes), result
+
+
+def hand_off_keys(tokens: Sequence[int], block: int) -> list[bytes]:
+    """Keys of what is handed over of a prompt of a model with recurrent states, that of the state
+    last: it is the one before the prompt's last token."""
+    return prefix_hashes(tokens[:-1], block, tail=True)
+
+
+def state_of(client: Client, spec: NamespaceSpec, keys: Sequence[bytes]) -> States:
+    """The state that was handed over under the last of these keys, [1, layers, 1, bytes]."""
+    namespace = client.open_namespace(spec)
+    grid = namespace.grid
+    data = np.zeros((1, grid.layers, grid.heads, grid.cell_bytes()), np.uint8)
+    assert namespace.pull(keys[-1:], data).found.all()
+    return data
+
+
+def replace_state(
+    client: Client, spec: NamespaceSpec, keys: Sequence[bytes], state: States, *, tokens: int
+) -> None:
+    """Put another state behind the checksums. Its block holds so many `tokens`."""
+    namespace = client.open_namespace(spec)
+    evict_all(client, namespace.id, keys[-1:])
+    parent = keys[-2] if len(keys) > 1 else ROOT
+    result = namespace.push(keys[-1:], state, parents=[parent], tokens=[tokens])
+    assert result.written == 1, result
+
+
+def altered(state: States) -> States:
+    """With the numbers of the last layer doubled."""
+    changed = state.copy()
+    numbers = changed[0, -1].view(np.float32)
+    numbers *= 2.0
+    return changed
 
 
 def flip_a_bit(

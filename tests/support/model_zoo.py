@@ -2,8 +2,8 @@
 
     model = write_family(directory, "cohere2")
 
-Each family is as small as its architecture allows, with a fixed seed, untied embeddings and
-weights spread widely enough that greedy decoding wanders.
+Each family is as small as its architecture allows, with a fixed seed, untied embeddings where vLLM
+takes them, and weights spread widely enough that greedy decoding wanders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Family:
     """`config` names a class of transformers and its arguments; `options` go to the engine.
 
     `windows` are those of its layers, 0: full attention, -1: a recurrent state. `seed` is one whose
-    model does not repeat itself.
+    model does not repeat itself; `tied` says that its head is its embeddings. `fix` changes the
+    model before it is written.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Family:
     windows: tuple[int, ...] = (0,)
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    tied: bool = False
     fix: Callable[[Any], None] | None = None
 
 
@@ -64,6 +66,14 @@ def _spread_sinks(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             parameter.data.normal_(0.0, 1.0)
+
+
+def _outweigh_embeddings(model: Any) -> None:
+    """What the layers add to a token outweighs it: a head that is tied to the embeddings would
+    answer with the token that it was asked with."""
+    for name, parameter in model.named_parameters():
+        if "post_attention" in name or "post_feedforward" in name:
+            parameter.data.fill_(4.0)
 
 
 FAMILIES = {
@@ -147,6 +157,33 @@ FAMILIES = {
             windows=(0, 64),
         ),
         Family(
+            "gemma2",
+            "Gemma2Config",
+            {
+                **_COMMON,
+                "sliding_window": 64,
+                "query_pre_attn_scalar": 32,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            windows=(0, 64),
+            seed=3,
+            tied=True,  # vLLM takes no other
+            fix=_outweigh_embeddings,
+        ),
+        Family(
+            "llama4",
+            "Llama4TextConfig",
+            {
+                **_COMMON,
+                "intermediate_size_mlp": 256,
+                "attention_chunk_size": 64,
+                "num_local_experts": 4,
+                "moe_layers": [],
+                "interleave_moe_layer_step": 0,
+                "no_rope_layers": [1, 1, 1, 0],
+            },
+        ),
+        Family(
             "deepseek2",
             "DeepseekV2Config",
             {
@@ -225,7 +262,7 @@ def write_family(directory: Path, name: str, *, dtype: str = "float32") -> Path:
     config = getattr(transformers, family.config)(
         **family.arguments, bos_token_id=0, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = family.tied
     config.initializer_range = SPREAD
     torch.manual_seed(family.seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
