@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         wires = wire.measure_tcp(rounds=3 if options.quick else 15, progress=progress)
         result["wire"] = [asdict(row) for row in wires]
     if "control" in sections:
-        rounds, seconds = (1, 2.0) if options.quick else (6, 4.0)
+        rounds, seconds = (1, 2.0) if options.quick else (5, 3.0)
         calls = load.measure_load(
             rounds=rounds, seconds=seconds, apart=options.apart, progress=progress
         )

@@ -52,6 +52,7 @@ async def open_moves(
             rebuilt=moves.rebuilt,
             report=report,
             log=logs.get_logger("nixl"),
+            nice=settings.tcp_worker_nice,
         )
     )
     return moves

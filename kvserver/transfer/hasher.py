@@ -18,8 +18,8 @@ import numpy as np
 from kvproto.frames import Place
 from kvproto.grid import Region
 from kvserver.transfer.hashing import HEAD, MAGIC, SETUP_BYTES
+from kvserver.transfer.priority import step_back
 from kvserver.transfer.tcp.slots import Slots
-from kvserver.transfer.tcp.worker import step_back
 
 PLACE_BYTES = 16
 

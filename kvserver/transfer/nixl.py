@@ -8,7 +8,7 @@ client memory. A Job is one client's batch, cut into Posts of at most POST_BYTES
 
 Rules:
  1. Only the agent's thread calls NIXL. Over CMA a post copies before it returns, so posts are
-    small and clients take turns.
+    small and clients take turns, and the thread steps back behind the loop's (`nice`).
  2. No deadline is a fence: a Job ends when each of its posts is terminal, whenever that is. Callers
     may `stop` a Job, which posts no more of it, and wait or not; what it may touch stays theirs to
     guard until `ended`.
@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from kvproto.nixlib import Agent, Descriptors, Memory, NixlError, State
 from kvserver.transfer.base import TransferError
+from kvserver.transfer.priority import step_back
 
 POST_BYTES = 8 << 20
 POST_DESCRIPTORS_MAX = 4096
@@ -170,6 +171,7 @@ class NixlAgent:
         rebuilt: Callable[[], None],
         report: Callable[[str, BaseException], object],
         log: logging.Logger,
+        nice: int = 0,
         make: Callable[[str], Mover] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -179,6 +181,7 @@ class NixlAgent:
         self._make = make or (
             lambda name: Agent(name, backend=backend, params=params, progress=False)
         )
+        self._nice = nice
         self._rebuild_s = rebuild_s
         self._rebuilt = rebuilt
         self._report = report
@@ -256,6 +259,7 @@ class NixlAgent:
     # ---- the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        step_back(self._nice)
         try:
             self._build()
         except Exception as error:
@@ -432,8 +436,7 @@ class NixlAgent:
             self.bytes_read += moved if job.read else 0
             self.bytes_written += 0 if job.read else moved
             job._left.subtract(post.items)
-            whole = [item for item in post.items if not job._left[item]]
-            if whole:
+            if whole := [item for item in post.items if not job._left[item]]:
                 job.arrived(whole)
             return
         self.posts_failed += 1

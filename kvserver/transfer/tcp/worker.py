@@ -30,6 +30,7 @@ from typing import Any
 
 from kvproto.frames import Hello, HelloStatus, Welcome, encode_welcome
 from kvserver.transfer.permits import Permits
+from kvserver.transfer.priority import step_back
 from kvserver.transfer.tcp.channel import Channel, ChannelClosed
 from kvserver.transfer.tcp.connection import Connection, Counters
 from kvserver.transfer.tcp.slots import Slots
@@ -290,15 +291,6 @@ def _refuse(sock: socket.socket) -> None:
     with sock, contextlib.suppress(OSError):
         sock.setblocking(False)
         sock.send(encode_welcome(Welcome(HelloStatus.BUSY, "too many connections; try again")))
-
-
-def step_back(nice: int) -> None:
-    """Let the server's loop run first where cores are short (ADR 0005): a data worker that wakes
-    up does not push it off its core. With 0 nothing is changed."""
-    if nice:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.nice(nice)
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def main() -> None:

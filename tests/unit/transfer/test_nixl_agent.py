@@ -7,6 +7,7 @@ used in `tests/contract/test_nixl.py`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ class Puppet:
 class Bench:
     """A NixlAgent over Puppets, and jobs for it."""
 
-    def __init__(self, rebuild_s: float = 30.0) -> None:
+    def __init__(self, rebuild_s: float = 30.0, nice: int = 0) -> None:
         self.area = np.zeros(AREA_BYTES, np.uint8)
         self.puppets: list[Puppet] = []
         self.reports: list[tuple[str, BaseException]] = []
@@ -92,6 +93,7 @@ class Bench:
             rebuilt=self._rebuilt,
             report=lambda where, error: self.reports.append((where, error)),
             log=logging.getLogger("test"),
+            nice=nice,
             make=self._make,
         )
         self.agent.start().result(5)
@@ -156,6 +158,20 @@ def test_a_job_ends_when_all_its_posts_are_done(bench: Bench) -> None:
     assert job.outcomes.tolist() == [Ended.OK, Ended.OK]
     assert bench.puppet.posted == [("c-1", PIECE)] * 6
     assert bench.agent.bytes_read == 6 * PIECE
+
+
+@pytest.mark.parametrize("nice", [0, 3])
+def test_the_thread_steps_back_behind_the_others(nice: int) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
+    bench = Bench(nice=nice)
+    try:
+        thread = bench.agent._thread.native_id
+        assert thread is not None
+        told = os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)
+        assert told == ((min(19, usual[0] + nice), os.SCHED_BATCH) if nice else usual)
+        assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)) == usual
+    finally:
+        bench.agent.close()
 
 
 def test_an_item_has_arrived_with_the_last_of_its_posts(bench: Bench) -> None:
