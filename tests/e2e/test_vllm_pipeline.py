@@ -29,10 +29,12 @@ from tests.support.tiny_models import TINY, prompt, write_model
 from tests.support.ways import Way
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 BLOCK, TOKENS, LENGTH = 128, 12, 400
 FULL = LENGTH // BLOCK
+START_S = 300.0
+"""Three engines start at once, and two of them have two ranks to warm up."""
 SHAPES = {"tp1pp1": (1, 1), "tp1pp2": (1, 2), "tp2pp1": (2, 1), "tp2pp2": (2, 2)}
 TOGETHER = ("tp1pp1", "tp1pp2", "tp2pp1")
 """Run at once; the largest starts when the others of two ranks are gone."""
@@ -64,7 +66,7 @@ class World:
     def ready(self, shape: str) -> None:
         tensor, pipeline = SHAPES[shape]
         ranks = tensor * pipeline
-        self.engines[shape].wait_ready()
+        self.engines[shape].wait_ready(START_S)
         self.engines[shape].generate(prompt(98, 40), tokens=2)
         wait_connected(self.log(shape), ranks + (ranks > 1))
 
