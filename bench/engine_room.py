@@ -87,7 +87,8 @@ class Room:
         `settings` are the adapter's; `options` those of `Engine.launch`."""
         self._write_model()
         self._say("starting an engine (20 to 60 s)")
-        config = hub_config(address or hub.address, hits="auto", **dict(settings or {}))
+        own = {"hits": "auto", "cores": str(OTHER_CORE), **dict(settings or {})}
+        config = hub_config(address or hub.address, **own)
         config["kv_connector"] = "TimedConnector"
         config["kv_connector_module_path"] = "bench.timed_connector"
         engine = Engine.launch(
@@ -99,7 +100,6 @@ class Room:
                 "TMPDIR": str(self.scratch),
                 "VLLM_CPU_OMP_THREADS_BIND": str(ENGINE_CORE),
                 "KVSERVER_BENCH_CALLS": str(self.calls),
-                "KVSERVER_BENCH_CORE": str(OTHER_CORE),
             },
             **dict(options or {}),
         )

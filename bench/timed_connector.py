@@ -1,8 +1,6 @@
 """The adapter with a stopwatch around each call; lives in the engine, for `bench.engine_cost`.
 
-KVSERVER_BENCH_CALLS names the directory that gets the records, KVSERVER_BENCH_CORE the core that
-the adapter's own threads run on: vLLM binds its thread to a core of the model's, and a thread
-inherits where its maker may run.
+KVSERVER_BENCH_CALLS names the directory that gets the records.
 """
 
 from __future__ import annotations
@@ -38,12 +36,7 @@ class TimedConnector(KVServerConnector):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
-        mine = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {int(os.environ["KVSERVER_BENCH_CORE"])})
-        try:
-            super().__init__(vllm_config, role, kv_cache_config)
-        finally:
-            os.sched_setaffinity(0, mine)
+        super().__init__(vllm_config, role, kv_cache_config)
         _the_log()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvclient import KVError
+from kvclient import KVError, ReserveVerdict
 from kvproto.grid import Region
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
@@ -58,6 +58,7 @@ class FakeNamespace:
         self.gate.set()
         self.error: Exception | None = None
         self.refused: set[bytes] = set()
+        self.no_space: set[bytes] = set()
         self.corrupt: set[bytes] = set()
         self.regions: list[Region] = []
         self.filling: dict[bytes, int] = {}  # stored blocks of which only so many layers are there
@@ -73,6 +74,11 @@ class FakeNamespace:
             del self.filling[name]
         self.moved.set()
         self.moved = asyncio.Event()
+
+    def verdict(self, name: bytes) -> ReserveVerdict:
+        if name in self.no_space:
+            return ReserveVerdict.NO_SPACE
+        return ReserveVerdict.PRESENT if name in self.refused else ReserveVerdict.WRITE
 
     async def enter(self) -> None:
         await self.gate.wait()
@@ -101,7 +107,8 @@ class FakeReservation:
         self, namespace: FakeNamespace, hashes: list[bytes], tokens: list[int], region: Region
     ) -> None:
         self._namespace, self._hashes, self._region = namespace, hashes, region
-        self.writable = [i for i, h in enumerate(hashes) if h not in namespace.refused]
+        self.verdicts = np.array([namespace.verdict(h) for h in hashes], np.uint8)
+        self.writable = np.flatnonzero(self.verdicts == ReserveVerdict.WRITE).tolist()
         self._open = set(self.writable)
         self._cells = {
             i: np.zeros(
@@ -196,7 +203,10 @@ class FakeLink:
         self.greeted: list[bytes] = []
 
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
-        self.loop.call_soon_threadsafe(self.spawn, work)
+        self.post(self.spawn, work)
+
+    def post(self, function: Callable[..., object], *args: Any) -> None:
+        self.loop.call_soon_threadsafe(function, *args)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self.loop.create_task(work)

@@ -6,17 +6,17 @@ read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvserver_vllm.chain import Chain
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import SKIP, of_group
-from kvserver_vllm.messages import BlockPages, Section
+from kvserver_vllm.messages import Section
 from kvserver_vllm.pace import Pace
+from kvserver_vllm.runs import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,8 @@ class Tracked:
         self.announced: list[bytes] | None = None
         self.announced_at = 0.0
         self.saved = 0
+        self.completed = 0  # blocks: what the steps so far compute, saved or not
+        self.put_off = False  # what it has computed, for pushes of others hold too many blocks
         self.tail = False  # the answer's last block is the prompt's tail
         self.prompt_tokens = int(request.num_prompt_tokens)  # that are saved and loaded at most
         self.tail_saved = False
@@ -143,7 +145,7 @@ class Common:
         tokens = blocks * self.block
         return min(tokens, tracked.prompt_tokens) if tracked.tail else tokens
 
-    def block_pages(
+    def run(
         self,
         tracked: Tracked,
         blocks: range,
@@ -151,12 +153,10 @@ class Common:
         *,
         begin: int = 0,
         tail: bool = False,
-    ) -> list[BlockPages]:
-        """Page ids of these hub blocks, the last of which is the prompt's tail if `tail`; pages
-        before token `begin`, null blocks and those that the engine has not allocated are skipped.
-
-        Called for thousands of tokens on the engine's thread: pages are worked out in one go.
-        """
+    ) -> Run:
+        """These hub blocks, the last of which is the prompt's tail if `tail`, and their page ids;
+        pages before token `begin`, null blocks and those that the engine has not allocated are
+        skipped."""
         chain = tracked.chain
         assert chain is not None
         page, block = self.page_tokens, self.block
@@ -169,27 +169,22 @@ class Common:
             else self._group_pages(block_ids, tokens // page, range(first, stop), begin)
             for group, (block_ids, tokens) in enumerate(zip(tables, self.group_tokens, strict=True))
         ]
-        whole, request, parent = (
-            block // page,
+        hashes = chain.hashes[blocks.start : blocks.stop - tail]
+        if tail:
+            hashes.append(chain.tail)
+        whole, pages = block // page, groups[0]
+        if len(groups) > 1:
+            starts = range(0, stop - first, whole)
+            pages = [one for at in starts for ids in groups for one in ids[at : at + whole]]
+        return Run(
             tracked.request.request_id,
             chain.parent(blocks.start),
+            hashes,
+            pages,
+            whole * len(groups),
+            block,
+            last_tokens,
         )
-        names = chain.hashes[blocks.start : blocks.stop - tail]
-        if tail:
-            names.append(chain.tail)
-        its: Iterable[tuple[int, ...]]
-        if len(groups) == 1 and not tail:
-            its = zip(*[iter(groups[0])] * whole, strict=True)
-        else:
-            its = (
-                tuple(page for pages in groups for page in pages[at : at + whole])
-                for at in range(0, len(names) * whole, whole)
-            )
-        parents = [parent, *names[:-1]]
-        found = list(map(BlockPages, names, parents, its, repeat(request), repeat(block)))
-        if tail:
-            found[-1] = found[-1]._replace(tokens=last_tokens)
-        return found
 
     def _group_pages(
         self, block_ids: Sequence[int], per_block: int, wanted: range, begin: int
@@ -211,31 +206,34 @@ class Common:
                     pages[n - first] = SKIP
         return pages
 
-    def without_states(self, blocks: Sequence[BlockPages]) -> list[BlockPages]:
-        """The same blocks without the pages of state groups."""
+    def without_states(self, run: Run, blocks: int) -> Run:
+        """The same run, without the pages of state groups in its first so many blocks."""
         groups = len(self.group_tokens)
-        found = []
-        for block in blocks:
-            lists = [of_group(block.pages, group, groups) for group in range(groups)]
-            pages = (
-                SKIP if group in self.state_groups else page
-                for group, ids in enumerate(lists)
-                for page in ids
-            )
-            found.append(block._replace(pages=tuple(pages)))
+        pages = list(run.pages)
+        for index in range(blocks):
+            start, ids = index * run.width, run.pages_of(index)
+            count = len(ids) // groups
+            for group in self.state_groups:
+                at = start + group * count
+                pages[at : at + count] = [SKIP] * count
+        return replace(run, pages=pages)
+
+    def engine_blocks(self, run: Run) -> Sequence[int]:
+        """The engine blocks that its pages lie in; one may be named by several of its blocks."""
+        if self.group_tokens == (self.page_tokens,):
+            return run.pages if SKIP not in run.pages else [p for p in run.pages if p != SKIP]
+        found: list[int] = []
+        for index in range(len(run)):
+            found += self._engine_blocks(run.pages_of(index))
         return found
 
-    def engine_blocks(self, block: BlockPages) -> Sequence[int]:
-        """The engine blocks that its pages lie in."""
-        if self.group_tokens == (self.page_tokens,):
-            if SKIP not in block.pages:
-                return block.pages
-            return [page for page in block.pages if page != SKIP]
+    def _engine_blocks(self, page_ids: Sequence[int]) -> list[int]:
+        """Of one block of the hub."""
         found: set[int] = set()
         for group, group_tokens in enumerate(self.group_tokens):
             state = group in self.state_groups
             per_block = 1 if state else group_tokens // self.page_tokens
-            pages = of_group(block.pages, group, len(self.group_tokens))
+            pages = of_group(page_ids, group, len(self.group_tokens))
             found.update(page // per_block for page in pages if page != SKIP)
         return sorted(found)
 
@@ -243,12 +241,12 @@ class Common:
         """Engine blocks that so many tokens take, at most."""
         return sum(-(-tokens // group_tokens) for group_tokens in self.group_tokens)
 
-    def savable(self, block: BlockPages) -> bool:
-        """Whether the engine still has all pages of at least one section."""
-        if SKIP not in block.pages:
+    def savable(self, page_ids: Sequence[int]) -> bool:
+        """Whether the engine still has all pages of at least one section, of a block."""
+        if SKIP not in page_ids:
             return True
         groups = [
-            SKIP not in of_group(block.pages, group, len(self.group_tokens))
+            SKIP not in of_group(page_ids, group, len(self.group_tokens))
             for group in range(len(self.group_tokens))
         ]
         return any(all(groups[g] for g in section.groups) for section in self.sections)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvclient import InvalidArgument, Tls
 from kvclient.options import Options
+from kvserver_vllm.cores import check_cores
 from kvserver_vllm.errors import ConfigError
 
 
@@ -71,6 +72,10 @@ class Settings:
     """Longest that pages stay pinned for a push after the step that computed them."""
     jobs_max: int = 256
     """Pushes a rank keeps queued; beyond it a push is dropped and counted."""
+    cores: str = "auto"
+    """Cores that the adapter's own threads run on: a list (`2,4-7`); inherit, those of the thread
+    that makes them; auto, the same, but where vLLM has bound that to the cores of the forward pass,
+    on CPUs, all of their NUMA nodes which the engine may use."""
     cache_dir: str = ""
     """Directory of the file that remembers digests of weights. Default: the user's cache."""
     event_log: str = ""
@@ -92,6 +97,7 @@ class Settings:
         for name, value in extra.items():
             _check(name, value)
         settings = cls(**extra)
+        check_cores(settings.cores)
         try:
             Options(settings.address, **settings.reach()).check()
         except InvalidArgument as error:
@@ -109,7 +115,7 @@ class Settings:
 
 
 _TLS = ("tls_ca", "tls_cert", "tls_key", "tls_name")
-_TEXTS = ("address", "tenant", "cache_dir", "event_log", "transport", *_TLS)
+_TEXTS = ("address", "tenant", "cores", "cache_dir", "event_log", "transport", *_TLS)
 _FLAGS = ("push", "direct", "layerwise_push")
 _CHOICES = {"hits": ("auto", "always")}
 _LEAST = {"block_tokens": 1, "connections": 1, "load_deadline_ms": 1, "jobs_max": 1}

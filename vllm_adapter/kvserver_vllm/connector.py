@@ -31,6 +31,7 @@ from vllm.v1.request import RequestStatus
 from kvclient import Role
 from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
+from kvserver_vllm.cores import binds, cores_of
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.figures import Figures, PromFigures
@@ -94,6 +95,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             lookup_s=max(self._settings.lookup_ms, 1) / 1e3,
             log=self._log,
             reach=self._settings.reach(),
+            cores=cores_of(self._settings.cores, bound=role != SCHEDULER and binds(vllm_config)),
         )
         # What kv_role allows; an operator's orders stay within it.
         self._loads = bool(transfer.is_kv_consumer)
@@ -323,7 +325,8 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
     ) -> None:
-        self._scheduling().after_alloc(request, blocks.get_block_ids(), num_external_tokens)
+        tables = blocks.get_block_ids() if num_external_tokens else ()
+        self._scheduling().after_alloc(request, tables, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return self._scheduling().build_meta(scheduler_output)
@@ -338,16 +341,16 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        whole = request.status in (
-            RequestStatus.FINISHED_LENGTH_CAPPED,
-            RequestStatus.FINISHED_STOPPED,
-        )
-        return False, self._scheduling().finished(request, whole=whole)
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
+        whole = request.status in (
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+            RequestStatus.FINISHED_STOPPED,
+        )
+        return False, self._scheduling().finished(request, whole=whole, tables=block_ids)
 
     def has_pending_push_work(self) -> bool:
         return self._scheduling().has_pending_work

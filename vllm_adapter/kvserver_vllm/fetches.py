@@ -48,14 +48,12 @@ class Fetches:
     def begin(self, tracked: Tracked, start: int, stop: int, wait_s: float) -> None:
         """Order the blocks [start, stop); what has not come within `wait_s` will not be taken."""
         request, now = tracked.request.request_id, self._common.clock()
-        tokens = tuple(
-            self._common.covered(tracked, index + 1) - self._common.covered(tracked, index)
-            for index in range(start, stop)
-        )
+        block, keys = self._common.block, tracked.keys(start, stop)
+        tokens = [block] * (stop - start)
+        tokens[-1] = self._common.covered(tracked, stop) - (stop - 1) * block
         self._active[request] = Fetch(start, stop, now + wait_s, now)
-        keys = tuple(tracked.keys(start, stop))
         self._loads.claim(request, keys)
-        self._outgoing.append(FetchJob(request, keys, tokens, wait_s))
+        self._outgoing.append(FetchJob(request, keys, tuple(tokens), wait_s))
         self._common.count("fetches")
 
     def covers(self, tracked: Tracked, start: int) -> bool:

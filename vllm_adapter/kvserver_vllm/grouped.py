@@ -87,7 +87,7 @@ class StatePages:
     """Recurrent states as pages: one for a whole block of the hub, the engine's block of its group.
 
     What stands for a hub block is a list of page ids like any other section's, of which those of a
-    state's group are equal: the id of the engine block (`Common.block_pages`).
+    state's group are equal: the id of the engine block (`Common.run`).
     """
 
     def __init__(self, states: GroupedPages, groups: int) -> None:

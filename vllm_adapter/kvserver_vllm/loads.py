@@ -11,12 +11,14 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.layout import SKIP, of_group
 from kvserver_vllm.messages import STALL_S, LoadJob, StepMeta
+from kvserver_vllm.runs import Blocks, Run
 
 FAILED_KEY_S = 2.0
 """Seconds that a block whose load failed counts as absent for other requests too."""
@@ -35,23 +37,22 @@ LOADING_SHARE = 2
 class Load:
     """A load on its way. `start` is its first hub block."""
 
-    job: LoadJob
+    request: str
     start: int
     engine_blocks: int
     tokens: int
-    tiers: Sequence[tuple[int, int]]
-    """Of each block, the hub's tier and the tokens that it brings."""
+    hashes: Sequence[bytes]
+    tiers: Sequence[int]
+    """Of each block, as the hub numbers them."""
+    fetched: bool
     ordered_at: float
+    deadline_s: float
+    make: Callable[[], Run]
+    """Works out what is ordered, on first need: by `start` or by the step's orders, two calls on
+    the engine's thread that share the work."""
+    run: Run | None = None
     failed: int | None = None
     aborted: bool = False
-
-    def counts(self, blocks: int | None = None) -> dict[int, int]:
-        """{tier: tokens} of the first so many blocks."""
-        counts: dict[int, int] = {}
-        for tier, tokens in self.tiers[:blocks]:
-            if tokens:
-                counts[tier] = counts.get(tier, 0) + tokens
-        return counts
 
 
 class Loads:
@@ -61,8 +62,9 @@ class Loads:
         self._common = common
         self._active: dict[str, Load] = {}
         self._claims: dict[bytes, str] = {}  # key -> the request that gets it
+        self._claimed: dict[str, list[bytes]] = {}  # and the other way round
         self._failed_keys: dict[bytes, float] = {}
-        self._outgoing: list[LoadJob] = []
+        self._outgoing: list[Load] = []
         self._aborts: list[str] = []
         self._voids: list[str] = []
 
@@ -97,16 +99,21 @@ class Loads:
         if not self._common.prefix_caching or not self._claims:
             return False
         wanted = tracked.keys(computed // self._common.block, usable)
+        if self._claims.keys().isdisjoint(wanted):
+            return False
         mine = tracked.request.request_id
         return any(self._claims.get(key, mine) != mine for key in wanted)
 
-    def claim(self, request: str, keys: Iterable[bytes]) -> None:
+    def claim(self, request: str, keys: Sequence[bytes]) -> None:
         """This request gets these blocks: others wait for them."""
-        for key in keys:
-            self._claims.setdefault(key, request)
+        if self._common.prefix_caching:
+            self._claims.update(dict.fromkeys(keys, request))
+            self._claimed.setdefault(request, []).extend(keys)
 
     def unclaim(self, request: str) -> None:
-        self._claims = {key: owner for key, owner in self._claims.items() if owner != request}
+        for key in self._claimed.pop(request, ()):
+            if self._claims.get(key) == request:
+                del self._claims[key]
 
     def crowds(self, tracked: Tracked, usable: int, computed: int) -> bool:
         """Whether so many blocks, waiting for the hub, would leave others too few."""
@@ -134,27 +141,37 @@ class Loads:
         first, last = begin // common.block, -(-stop // common.block)
         assert tracked.chain is not None
         tail = tracked.tail and last > tracked.chain.prompt_blocks
-        blocks = tuple(
-            common.block_pages(tracked, range(first, last), tables, begin=begin, tail=tail)
-        )
-        if common.recurrent:
-            blocks = (*common.without_states(blocks[:-1]), blocks[-1])
-        now = common.clock()
+        hashes, now = tracked.keys(first, last), common.clock()
         waited = now - tracked.blocked_since if tracked.blocked_since is not None else 0.0
         longest = common.settings.load_deadline_ms / 1e3
-        stall = max(STALL_S, longest / STALL_SHARE)
-        job = LoadJob(request, blocks, max(0.0, longest - waited), fetched, stall)
         needed = common.engine_blocks_of(tokens)
-        tiers = self._tiers(tracked, job, first, tokens)
-        self._active[request] = Load(job, first, needed, tokens, tiers, now)
-        self.claim(request, (block.hash for block in blocks))
-        self._outgoing.append(job)
+        tiers = _tiers(tracked, first, last, fetched)
+        make = partial(common.run, tracked, range(first, last), tables, begin=begin, tail=tail)
+        load = Load(
+            request, first, needed, tokens, hashes, tiers, fetched, now, max(0.0, longest - waited),
+            make,
+        )  # fmt: skip
+        self._active[request] = load
+        self.claim(request, hashes)
+        self._outgoing.append(load)
         common.count("loads")
 
     def take_orders(self, meta: StepMeta) -> None:
         """Tell the ranks of loads, aborts and voids that they have not heard of."""
-        meta.loads, meta.aborts, meta.voids = self._outgoing, self._aborts, self._voids
+        stall = max(STALL_S, self._common.settings.load_deadline_ms / 1e3 / STALL_SHARE)
+        meta.loads = [
+            LoadJob(one.request, Blocks([self._run(one)]), one.deadline_s, one.fetched, stall)
+            for one in self._outgoing
+        ]
+        meta.aborts, meta.voids = self._aborts, self._voids
         self._outgoing, self._aborts, self._voids = [], [], []
+
+    def _run(self, load: Load) -> Run:
+        if load.run is None:
+            run = load.make()
+            recurrent = self._common.recurrent
+            load.run = self._common.without_states(run, len(run) - 1) if recurrent else run
+        return load.run
 
     def forget(self) -> None:
         """The namespace is left: what is still on its way is reported as failed, whole."""
@@ -174,7 +191,7 @@ class Loads:
         self.unclaim(request)
         self._count(load)
         if load.failed is None:
-            if not load.job.fetched:
+            if not load.fetched:
                 common = self._common
                 common.pace.loaded(load.tokens, common.clock() - load.ordered_at)
             if tracked is not None:
@@ -182,8 +199,7 @@ class Loads:
             return
         self._common.count("loads_failed")
         until = self._common.clock() + FAILED_KEY_S
-        for block in load.job.blocks[load.failed :]:
-            self._failed_keys[block.hash] = until
+        self._failed_keys.update(dict.fromkeys(load.hashes[load.failed :], until))
         if tracked is not None:
             tracked.missed = True
             tracked.answer = None
@@ -203,38 +219,50 @@ class Loads:
         whole = len(common.group_tokens) > 1 or common.recurrent
         if load.aborted or (came is not None and whole):
             came = 0
-        for tier, tokens in load.counts(came).items():
+        for tier, tokens in self._counts(load, came).items():
             if tier in TIERS:
                 common.count(f"hit_tokens.{TIERS[tier]}", tokens)
 
     def tiers_of(self, request: str) -> dict[int, int]:
         """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
         load = self._active.get(request)
-        return load.counts() if load is not None else {}
+        return self._counts(load) if load is not None else {}
 
-    def _tiers(
-        self, tracked: Tracked, job: LoadJob, first: int, tokens: int
-    ) -> list[tuple[int, int]]:
-        """Of each block of a load, whose first hub block is `first`, the tier and the tokens."""
-        known = tracked.answer.tiers if tracked.answer is not None else ()
-        found, left = [], tokens
-        for index, block in enumerate(job.blocks, first):
-            tier = known[index] if index < len(known) else 0
-            if not tier and job.fetched:
-                tier = HOST_TIER  # what is being written stands in the hub's memory
-            here = block.tokens
-            if SKIP in block.pages:
-                pages = self._first_section(block.pages)
-                here = self._common.page_tokens * sum(page != SKIP for page in pages)
-            here = min(left, here)
-            found.append((tier, here))
-            left -= here
+    def _counts(self, load: Load, blocks: int | None = None) -> dict[int, int]:
+        """{tier: tokens} of the first so many blocks of a load."""
+        first, of_one = load.tiers[0], load.tiers.count(load.tiers[0]) == len(load.tiers)
+        trimmed = any(section.trimmed for section in self._common.sections)
+        if blocks is None and of_one and not trimmed:
+            return {first: load.tokens}
+        counts: dict[int, int] = {}
+        for tier, tokens in list(zip(load.tiers, self._tokens(load), strict=True))[:blocks]:
+            if tokens:
+                counts[tier] = counts.get(tier, 0) + tokens
+        return counts
+
+    def _tokens(self, load: Load) -> list[int]:
+        """Tokens that each block of a load brings."""
+        run, found, left = self._run(load), list[int](), load.tokens
+        for index in range(len(run)):
+            here = run.tokens if index < len(run) - 1 else run.last_tokens
+            pages = run.pages_of(index)
+            if SKIP in pages:
+                mine = self._first_section(pages)
+                here = self._common.page_tokens * sum(page != SKIP for page in mine)
+            found.append(min(left, here))
+            left -= found[-1]
         if self._common.recurrent:  # alone, a state brings all tokens before it
-            tier, here = found[-1]
-            found[-1] = (tier, here + left)
+            found[-1] += left
         return found
 
     def _first_section(self, pages: Sequence[int]) -> Sequence[int]:
         """Those of the section that the answer's tiers are about, in one of its groups."""
         common = self._common
         return of_group(pages, common.sections[0].groups[0], len(common.group_tokens))
+
+
+def _tiers(tracked: Tracked, first: int, last: int, fetched: bool) -> list[int]:
+    """Of the hub blocks [first, last); what is being written stands in the hub's memory."""
+    known = list(tracked.answer.tiers[first:last]) if tracked.answer is not None else []
+    known += [0] * (last - first - len(known))
+    return [tier or HOST_TIER for tier in known] if fetched and 0 in known else known

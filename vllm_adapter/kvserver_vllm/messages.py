@@ -3,11 +3,12 @@
 scheduler -> ranks   `StepMeta`, with every step; it names blocks by hash and pages by page id.
 ranks -> scheduler   `RankHolds` once (what this rank holds), `RankReport` when there is news.
 
-All of it is pickled by vLLM and holds plain data only.
+All of it is pickled by vLLM and holds plain data only; blocks go in columns (runs.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ class SaveJob:
     have reported `job`."""
 
     job: int
-    blocks: tuple[BlockPages, ...]
+    blocks: Sequence[BlockPages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class FetchJob:
     with `fetched` follows, or the request stands in `StepMeta.drops`."""
 
     request: str
-    hashes: tuple[bytes, ...]
-    tokens: tuple[int, ...]
+    hashes: Sequence[bytes]
+    tokens: Sequence[int]
     wait_s: float
     """How long to wait for blocks that are being written."""
 
@@ -135,7 +136,7 @@ class LoadJob:
     """Blocks to load for one request, in chain order. Every rank reports `request` once."""
 
     request: str
-    blocks: tuple[BlockPages, ...]
+    blocks: Sequence[BlockPages]
     deadline_s: float
     """Seconds from the start of the load."""
     fetched: bool = False
@@ -170,6 +171,8 @@ class RankReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Request -> position in its LoadJob of the first block that did not arrive."""
     fetched: dict[str, dict[int, FetchProgress]] = field(default_factory=dict)
     """Request -> rank -> the latest word on its fetch."""
+    lost: list[bytes] = field(default_factory=list)
+    """Blocks of saves that a rank has given up."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
         assert isinstance(other, RankReport)
@@ -182,4 +185,4 @@ class RankReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         fetched = {request: dict(ranks) for request, ranks in self.fetched.items()}
         for request, progress in other.fetched.items():
             fetched.setdefault(request, {}).update(progress)
-        return RankReport(saved, failed, fetched)
+        return RankReport(saved, failed, fetched, [*self.lost, *other.lost])

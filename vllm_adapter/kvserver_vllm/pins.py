@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvserver_vllm.messages import BlockPages
+from kvserver_vllm.runs import Run
 
 
 class PinLedger:
@@ -38,12 +38,15 @@ class PinLedger:
         """Engine blocks pinned for requests that are over."""
         return sum(self._orphans.values())
 
-    def pin(self, job: int, part: Sequence[tuple[BlockPages, Sequence[int]]]) -> None:
+    def pin(self, job: int, part: Sequence[tuple[Run, Sequence[int]]]) -> None:
+        """`part`: what the job saves, each with the engine blocks that it reads."""
         owners: dict[str, int] = {}
         pinned: list[int] = []
-        for block, ids in part:
-            owners[block.request] = owners.get(block.request, 0) + len(ids)
+        keys: list[bytes] = []
+        for run, ids in part:
+            owners[run.request] = owners.get(run.request, 0) + len(ids)
             pinned += ids
+            keys += run.hashes
         blocks = []
         if self._pool is not None:
             blocks = list(map(self._pool.blocks.__getitem__, pinned))
@@ -51,8 +54,8 @@ class PinLedger:
         self._blocks[job] = blocks
         self._left[job] = self._ranks
         self._owners[job] = owners
-        self._keys[job] = [block.hash for block, _ in part]
-        self.saving.update(self._keys[job])
+        self._keys[job] = keys
+        self.saving.update(keys)
 
     def orphan(self, request: str) -> None:
         for job, owners in self._owners.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvclient import CommitVerdict, KVError, Reservation
+from kvclient import CommitVerdict, KVError, Reservation, ReserveVerdict
 from kvproto.grid import Region
 from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import Pages
@@ -134,9 +134,16 @@ class Pushes:
         self._let_go(job)
         return False
 
-    def _lose(self, counter: str, job: SaveJob, reason: str) -> None:
+    def _lose(
+        self, counter: str, job: SaveJob, reason: str, blocks: Sequence[BlockPages] | None = None
+    ) -> None:
+        """Give up a job, or some of its blocks. The scheduler half, whose session announced them,
+        is told."""
+        lost = job.blocks if blocks is None else blocks
         self._rank.count(counter)
-        self._rank.log.write("save_lost", job=job.job, blocks=len(job.blocks), reason=reason)
+        self._rank.log.write("save_lost", job=job.job, blocks=len(lost), reason=reason)
+        with self._rank.outbox.lock:
+            self._rank.outbox.given_up += (block.hash for block in lost)
 
     def _let_go(self, job: SaveJob) -> None:
         """This rank will not touch the job's pages again."""
@@ -191,6 +198,7 @@ class Pushes:
                     region=region,
                 )
                 async with reservation:
+                    self._lose_refused(job, blocks, reservation)
                     straight = self._straight(direct, blocks, reservation)
                     staged = [index for index in reservation.writable if index not in straight]
                     part = Part(
@@ -208,6 +216,14 @@ class Pushes:
             link.doubt(error)
             await direct.quiet(blocks)
         copied(at)
+
+    def _lose_refused(
+        self, job: SaveJob, blocks: list[BlockPages], reservation: Reservation
+    ) -> None:
+        refused = np.flatnonzero(reservation.verdicts == ReserveVerdict.NO_SPACE)
+        if len(refused):
+            lost = [blocks[index] for index in refused]
+            self._lose("saves_dropped.hub", job, "the hub has no room", lost)
 
     async def _expire(self, job: SaveJob, step: Step, hold: Hold, push: asyncio.Task[None]) -> None:
         """End a push that still needs the engine's pages `pin_ms` after the step. Copies are made

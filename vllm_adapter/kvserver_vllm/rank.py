@@ -28,6 +28,7 @@ class Outbox:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     saved: dict[int, int] = field(default_factory=dict)
+    given_up: list[bytes] = field(default_factory=list)
     received: set[str] = field(default_factory=set)
     failed: dict[str, int] = field(default_factory=dict)
     invalid: set[int] = field(default_factory=set)

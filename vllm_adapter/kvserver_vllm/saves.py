@@ -1,9 +1,11 @@
 """Saves: blocks that a step completes are announced, ordered from the ranks, and pinned meanwhile.
 
 Rules:
-  1. A block is saved once, by the step that computes its last token; a prompt's tail only when
-     the prompt is handed off.
-  2. What was announced is written or withdrawn; a long prompt's announcement is renewed.
+  1. A block is saved once, by the step that computes its last token, a prompt's tail only when the
+     prompt is handed off. Of a prompt that is not, a step names so many blocks, and leaves the rest
+     to the next one or to the request's end: the engine's thread does a little at a time.
+  2. What was announced is written or withdrawn: with its request, or as soon as a rank has given
+     its push up. A long prompt's announcement is renewed.
   3. Pages under a push are pinned in the block pool until every rank has let go of them.
   4. A recurrent state is saved as it stands after a prompt that is handed off: elsewhere the next
      step would change it under the push. Without one, blocks of such an engine are of no use.
@@ -16,12 +18,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvserver_vllm.common import Common, Tracked
-from kvserver_vllm.messages import BlockPages, SaveJob
+from kvserver_vllm.layout import SKIP
+from kvserver_vllm.messages import SaveJob
 from kvserver_vllm.pins import PinLedger
+from kvserver_vllm.runs import Blocks, Run, jobs_of
 
 ANNOUNCE_S = 10.0
 """Life of an announcement; renewed in half of it while its request computes."""
 JOB_BLOCKS_MAX = 1024
+STEP_BLOCKS = 32
+"""Blocks of one request that a step names, unless somebody waits for them."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
 ORPHANS_FLOOR = 64
@@ -35,7 +41,9 @@ class Saves:
         self._common = common
         self._own: set[bytes] = set()
         self._job = 0
+        self._ranks = ranks
         self._pins = PinLedger(ranks)
+        self._rest: list[SaveJob] = []  # of requests that are over
 
     def bind(self, pool: Any) -> None:
         self._pins.bind(pool)
@@ -71,22 +79,38 @@ class Saves:
         tracked.announced_at = common.clock()
         common.hub.submit(common.hub.announce(common.sections, tracked.announced, ANNOUNCE_S))
 
-    def _ordered(self, tracked: Tracked, blocks: Sequence[BlockPages], now: float) -> None:
+    def _ordered(self, tracked: Tracked, runs: Sequence[Run], now: float) -> None:
         """These blocks are on their way to the hub; the rest is announced again in time."""
         if not tracked.announced:
             return
-        keys = {block.hash for block in blocks}
-        tracked.announced = [key for key in tracked.announced if key not in keys]
-        self._own -= keys
+        for run in runs:
+            self._own.difference_update(run.hashes)
+            if tracked.announced[: len(run)] == run.hashes:
+                tracked.announced = tracked.announced[len(run) :]
+            else:
+                keys = set(run.hashes)
+                tracked.announced = [key for key in tracked.announced if key not in keys]
         if tracked.announced and now - tracked.announced_at > ANNOUNCE_S / 2:
             self._tell(tracked)
 
     def forget(self) -> None:
         """The namespace is left: nothing of it is to come from here."""
         self._own.clear()
+        for job in self._rest:
+            self._pins.released(job.job, self._ranks)
+        self._rest.clear()
 
-    def finished(self, request: str, tracked: Tracked) -> None:
-        """A request is over, for whatever reason: what it has not computed is not coming."""
+    def finished(
+        self, request: str, tracked: Tracked, tables: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """A request is over, for whatever reason: what it has not computed is not coming, nor what
+        was put off to the last. `tables`: its blocks, if what it has computed stands in them."""
+        if tracked.put_off:
+            self._common.count("saves_dropped.pins")
+        elif tables and tracked.completed > tracked.saved and self._on:
+            runs = self._completed(tracked, tracked.completed, False, tables)
+            self._ordered(tracked, runs, self._common.clock())
+            self._rest += self._jobs([new for run in runs for new in self._new(run, set())])
         self._withdraw(tracked)
         self._pins.orphan(request)
 
@@ -106,24 +130,28 @@ class Saves:
 
     def orders(self, output: Any, requests: dict[str, Tracked]) -> list[SaveJob]:
         """Jobs for what this step completes; their pages are pinned from here on."""
-        common = self._common
-        if not common.saves:
+        if not self._common.saves:
             self._take_back(requests)
-        if not (common.saves and common.sections and common.hub.responsive):
-            return []
-        jobs, blocks = [], self._blocks(output, requests)
-        for start in range(0, len(blocks), JOB_BLOCKS_MAX):
+        rest, self._rest = self._rest, []
+        return [*rest, *self._jobs(self._runs(output, requests))] if self._on else rest
+
+    @property
+    def _on(self) -> bool:
+        common = self._common
+        return common.saves and bool(common.sections) and common.hub.responsive
+
+    def _jobs(self, runs: Sequence[Run]) -> list[SaveJob]:
+        """They pin their pages from here on."""
+        jobs = []
+        for part in jobs_of(runs, JOB_BLOCKS_MAX):
             self._job += 1
-            part = blocks[start : start + JOB_BLOCKS_MAX]
-            jobs.append(SaveJob(self._job, tuple(block for block, _ in part)))
-            self._pins.pin(self._job, part)
+            jobs.append(SaveJob(self._job, Blocks(part)))
+            self._pins.pin(self._job, [(run, self._common.engine_blocks(run)) for run in part])
         return jobs
 
-    def _blocks(
-        self, output: Any, requests: dict[str, Tracked]
-    ) -> list[tuple[BlockPages, Sequence[int]]]:
-        """Blocks that are complete after this step, each with the engine blocks to pin."""
-        found: list[tuple[BlockPages, Sequence[int]]] = []
+    def _runs(self, output: Any, requests: dict[str, Tracked]) -> list[Run]:
+        """Blocks that are complete after this step, and that no other push has."""
+        found: list[Run] = []
         now = self._common.clock()
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -132,12 +160,14 @@ class Saves:
                 continue
             request = tracked.request
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
-            full = computed // self._common.block
+            full = tracked.completed = computed // self._common.block
+            if not tracked.hands_off:
+                full = min(full, tracked.saved + STEP_BLOCKS)
             tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
             if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
                 continue
-            if self._pins.orphans > self._orphans_max():
-                self._common.count("saves_dropped.pins")
+            tracked.put_off = self._pins.orphans > self._orphans_max()
+            if tracked.put_off:
                 continue
             state = output.kv_connector_block_state
             tables = state.get_block_ids(request_id) if state is not None else None
@@ -145,33 +175,48 @@ class Saves:
                 continue
             completed = self._completed(tracked, full, tail, tables)
             if self._common.recurrent:
-                stateless = len(completed) - (computed == tracked.prompt_tokens)
-                before, last = completed[:stateless], completed[stateless:]
-                completed = self._common.without_states(before) + last
+                stateful = computed == tracked.prompt_tokens
+                completed = self._without_states(completed, stateful)
             self._ordered(tracked, completed, now)
-            for block in completed:
-                name = block.hash
-                if name in taken or name in self._pins.saving or not self._common.savable(block):
-                    continue
-                taken.add(name)
-                found.append((block, self._common.engine_blocks(block)))
+            for run in completed:
+                found += self._new(run, taken)
+                taken.update(run.hashes)
         return found
+
+    def _new(self, run: Run, taken: set[bytes]) -> list[Run]:
+        """What of it is neither `taken` nor on its way already, and still whole."""
+        saving, savable = self._pins.saving, self._common.savable
+        free = taken.isdisjoint(run.hashes) and saving.isdisjoint(run.hashes)
+        if free and SKIP not in run.pages:
+            return [run]
+        keys = run.hashes
+        return run.stretches(
+            lambda at: not (keys[at] in taken or keys[at] in saving) and savable(run.pages_of(at))
+        )
 
     def _completed(
         self, tracked: Tracked, full: int, tail: bool, tables: Sequence[Sequence[int]]
-    ) -> list[BlockPages]:
+    ) -> list[Run]:
         """The blocks up to `full` that were not saved yet, and the prompt's tail if it is time."""
         common, chain = self._common, tracked.chain
         assert chain is not None
-        blocks = []
+        runs = []
         if full > tracked.saved:
-            blocks = common.block_pages(tracked, range(tracked.saved, full), tables)
+            runs.append(common.run(tracked, range(tracked.saved, full), tables))
             tracked.saved = full
         if tail:
             tracked.tail_saved = True
             at = chain.prompt_blocks
-            blocks += common.block_pages(tracked, range(at, at + 1), tables, tail=True)
-        return blocks
+            runs.append(common.run(tracked, range(at, at + 1), tables, tail=True))
+        return runs
+
+    def _without_states(self, runs: Sequence[Run], stateful: bool) -> list[Run]:
+        """The states are those after the last block, if it is `stateful`, and of no other."""
+        last = len(runs) - 1
+        return [
+            self._common.without_states(run, len(run) - (stateful and at == last))
+            for at, run in enumerate(runs)
+        ]
 
     def _wanted(self, tracked: Tracked) -> bool:
         """Whether anybody could use what this request computes."""
@@ -198,6 +243,15 @@ class Saves:
         pool = self._common.pool
         total = int(pool.num_gpu_blocks) if pool is not None else 0
         return max(total // ORPHAN_SHARE, min(ORPHANS_FLOOR, total // 2))
+
+    def lost(self, keys: Sequence[bytes]) -> None:
+        """A rank has given up pushing these blocks, which are whole with its part only: nobody is
+        to wait for them. The hub takes back no more than this engine's word: of a block that any
+        rank has reserved an announcement is over already, what other ranks write of it and what
+        other engines have announced stays."""
+        common = self._common
+        if common.sections:
+            common.hub.submit(common.hub.withdraw(common.sections, keys))
 
     def released(self, job: int, ranks: int) -> None:
         """So many ranks no longer touch the job's pages."""

@@ -131,7 +131,8 @@ class SchedulerHalf:
         return self._lookups.matched_tokens(tracked, computed)
 
     def after_alloc(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
-        """vLLM's update_state_after_alloc: engine blocks of the request, by KV cache group."""
+        """vLLM's update_state_after_alloc: engine blocks of the request, by KV cache group; they
+        are not looked at where no `tokens` are loaded."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return
@@ -145,15 +146,18 @@ class SchedulerHalf:
         """{tier: tokens} of a load that was just planned; tiers as the hub numbers them."""
         return self._loads.tiers_of(request.request_id)
 
-    def finished(self, request: Any, *, whole: bool) -> dict[str, Any] | None:
-        """vLLM's request_finished, for whatever reason; `whole` unless it was aborted. Returns the
-        kv_transfer_params of its answer: after a prefill leg, the hint for the decode leg."""
+    def finished(
+        self, request: Any, *, whole: bool, tables: Sequence[Sequence[int]] = ()
+    ) -> dict[str, Any] | None:
+        """vLLM's request_finished, for whatever reason; `whole` unless it was aborted. `tables` are
+        the blocks that it still has. Returns the kv_transfer_params of its answer: after a prefill
+        leg, the hint for the decode leg."""
         tracked = self._requests.pop(request.request_id, None)
         self._fetches.drop(request.request_id)
         self._loads.abort(request.request_id)
         if tracked is None:
             return None
-        self._saves.finished(request.request_id, tracked)
+        self._saves.finished(request.request_id, tracked, tables if whole else ())
         if not (whole and tracked.hands_off and self._common.saves):
             return None
         return {"do_remote_prefill": True, "do_remote_decode": False}
@@ -180,7 +184,7 @@ class SchedulerHalf:
             if tracked is not None:
                 left = tracked.request.num_prompt_tokens - tracked.request.num_computed_tokens
                 tokens += max(0, min(scheduled, left))
-                if left > 0:
+                if left > 0 and self._common.log.on:
                     self._common.log.write(
                         "scheduled", request=request_id, tokens=scheduled, left=left
                     )
@@ -192,6 +196,8 @@ class SchedulerHalf:
         if report is not None:
             for job, ranks in report.saved.items():
                 self._saves.released(job, ranks)
+            if report.lost:
+                self._saves.lost(report.lost)
             for request_id, position in report.failed.items():
                 self._loads.failed(request_id, position)
             for request_id, news in report.fetched.items():

@@ -7,10 +7,8 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
@@ -20,8 +18,6 @@ from kvserver_vllm.messages import RankReport, Section, StepMeta
 from kvserver_vllm.pulling import Pulls
 from kvserver_vllm.pushing import Pushes, Step
 from kvserver_vllm.rank import Rank, RankSection
-
-logger = logging.getLogger("vllm.kvserver")
 
 
 class WorkerHalf:
@@ -86,7 +82,7 @@ class WorkerHalf:
             return
         place = self._layer.get(name)
         if place is not None:
-            self._call_soon(step.layer_done, *place)
+            self._rank.link.post(step.layer_done, *place)
             if log.on:
                 section, layer = place
                 jobs = [job.job for job in self._meta.saves]
@@ -96,23 +92,23 @@ class WorkerHalf:
         """vLLM's wait_for_save: whatever no layer hook took is ready now."""
         if self._step is not None:
             deadline = time.monotonic() + self._rank.settings.pin_ms / 1e3
-            self._call_soon(self._step.finish, deadline)
+            self._rank.link.post(self._step.finish, deadline)
             self._step = None
 
     def start_loads(self) -> None:
         """vLLM's start_load_kv."""
         stagings = self._pulls.stagings
         for fetch in self._meta.fetches:
-            self._call_soon(stagings.fetch, self._meta, fetch)
+            self._rank.link.post(stagings.fetch, self._meta, fetch)
         for job in self._meta.loads:
             self._pulls.expect(job)
             self._rank.link.submit(self._pulls.load(self._meta, job))
         for request in self._meta.drops:
-            self._call_soon(stagings.drop, request)
+            self._rank.link.post(stagings.drop, request)
         for request in self._meta.voids:
-            self._call_soon(self._pulls.void, request)
+            self._rank.link.post(self._pulls.void, request)
         for request in self._meta.aborts:
-            self._call_soon(self._pulls.abort, request)
+            self._rank.link.post(self._pulls.abort, request)
 
     def take_received(self) -> set[str]:
         """Requests whose load ended since the last call; fixes what the next two calls answer."""
@@ -138,13 +134,10 @@ class WorkerHalf:
         box = self._rank.outbox
         with box.lock:
             saved, box.saved = box.saved, {}
+            given_up, box.given_up = box.given_up, []
             news, box.fetched = box.fetched, {}
         failed, self._report_failed = self._report_failed, {}
         fetched = {request: {self._rank.index: progress} for request, progress in news.items()}
-        return RankReport(saved, failed, fetched) if saved or failed or fetched else None
-
-    def _call_soon(self, function: Any, *args: Any) -> None:
-        try:
-            self._rank.link.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:
-            logger.debug("kvserver: the link is closed")
+        if not (saved or failed or fetched or given_up):
+            return None
+        return RankReport(saved, failed, fetched, given_up)

@@ -54,7 +54,9 @@ def test_a_process_has_one_link_per_hub(link: HubLink) -> None:
     again = shared()
     assert again is link
     again.close()
-    assert link.loop.is_running()
+    done = threading.Event()
+    link.post(done.set)
+    assert done.wait(10), "its thread goes on"
 
 
 def test_the_last_holder_ends_the_thread() -> None:

@@ -113,7 +113,7 @@ def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: Fake
     link.turn()
     assert rank.half.take_report() is None
     link.turn(0.08)
-    assert rank.half.take_report() == RankReport({1: 1})
+    assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
     assert rank.half.counters["saves_dropped.late"] == 1
     link.opened.gate.set()
     link.turn()
@@ -134,7 +134,7 @@ def test_pages_are_let_go_in_time_while_a_hub_that_hangs_is_told_of_the_end(
         rank.half.layer_saved(name)
     rank.half.step_saved()
     link.turn(0.1)
-    assert rank.half.take_report() == RankReport({1: 1})
+    assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
     assert rank.half.counters["saves_dropped.late"] == 1
     rank.kv[1].zero_()  # the pages are another's now
     link.opened.gate.set()
@@ -162,7 +162,7 @@ def test_a_failed_push_lets_its_pages_go_and_is_no_error(link: FakeLink, rank: R
     link.turn()
     rank.half.step_saved()
     link.turn()
-    assert rank.half.take_report() == RankReport({1: 1})
+    assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
     assert link.doubts == [link.opened.error]
 
 
@@ -179,13 +179,23 @@ def test_blocks_that_the_hub_has_are_not_written(link: FakeLink, rank: Rank) -> 
     assert rank.half.take_report() == RankReport({1: 1, 2: 1})
 
 
+def test_blocks_that_the_hub_has_no_room_for_are_given_up(link: FakeLink, rank: Rank) -> None:
+    link.opened.no_space = {key(1)}
+    rank.bind(saves=[SaveJob(1, (block(1, 4), block(2, 8)))])
+    rank.half.step_saved()
+    link.turn()
+    assert link.opened.commits == [([1], REGION)]
+    assert rank.half.counters["saves_dropped.hub"] == 1
+    assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
+
+
 def test_a_full_queue_drops_the_save_and_counts_it(link: FakeLink) -> None:
     rank = Rank(link, jobs_max=2)
     link.opened.gate.clear()
     for job in range(4):
         rank.bind(saves=[SaveJob(job, (block(job, 4),))])
     assert rank.half.counters["saves_dropped.queue"] == 2
-    assert rank.half.take_report() == RankReport({2: 1, 3: 1})
+    assert rank.half.take_report() == RankReport({2: 1, 3: 1}, lost=[key(2), key(3)])
 
 
 def test_a_replica_pushes_nothing_and_reports_all_the_same(link: FakeLink, rank: Rank) -> None:

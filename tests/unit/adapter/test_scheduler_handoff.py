@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvserver_vllm.messages import RankReport
 from kvserver_vllm.patience import STALL_S
 from tests.support.scheduler_world import BLOCK, PAGE, SECTIONS, FakeHub, FakeRequest, World
 
@@ -112,6 +113,24 @@ def test_an_abort_withdraws_what_was_not_computed(world: World) -> None:
     again = world.new(prefill("q", 300))
     world.hub.answer(1, live=3)
     assert world.match(again) == (None, False), "what others announced is waited for again"
+
+
+def test_a_save_that_a_rank_gives_up_is_withdrawn_at_once() -> None:
+    """Whoever waits for it would wait for the second that a writer may be silent."""
+    world = World(options={"ranks": 2})
+    request = world.new(prefill("p", 300), usable=0)
+    world.match(request)
+    world.alloc(request)
+    (job,) = world.step(p=150).saves
+    keys = [block.hash for block in job.blocks]
+    world.half.ranks_reported(RankReport({job.job: 1}, lost=keys), set())
+    world.hub.turn()
+    assert world.hub.withdrawn == [keys], "while the other rank still pushes"
+    request.num_computed_tokens = 150
+    assert len(world.step(p=150).saves) == 1
+    world.half.finished(request, whole=True)
+    world.hub.turn()
+    assert world.hub.withdrawn == [keys]
 
 
 def test_a_request_that_computed_everything_withdraws_nothing(world: World) -> None:
