@@ -105,12 +105,15 @@ class Saves:
     ) -> None:
         """A request is over, for whatever reason: what it has not computed is not coming, nor what
         was put off to the last. `tables`: its blocks, if what it has computed stands in them."""
+        left = tracked.completed > tracked.saved and bool(tables) and self._on
+        if left and not tracked.put_off and not self._common.recurrent:
+            tracked.put_off = self._pins.orphans > self._orphans_max()
+            if not tracked.put_off and self._hashed(tracked, tracked.completed):
+                runs = self._completed(tracked, tracked.completed, False, tables)
+                self._ordered(tracked, runs, self._common.clock())
+                self._rest += self._jobs([new for run in runs for new in self._new(run, set())])
         if tracked.put_off:
             self._common.count("saves_dropped.pins")
-        elif tables and tracked.completed > tracked.saved and self._on:
-            runs = self._completed(tracked, tracked.completed, False, tables)
-            self._ordered(tracked, runs, self._common.clock())
-            self._rest += self._jobs([new for run in runs for new in self._new(run, set())])
         self._withdraw(tracked)
         self._pins.orphan(request)
 
@@ -179,8 +182,9 @@ class Saves:
                 completed = self._without_states(completed, stateful)
             self._ordered(tracked, completed, now)
             for run in completed:
-                found += self._new(run, taken)
-                taken.update(run.hashes)
+                for new in self._new(run, taken):
+                    taken.update(new.hashes)
+                    found.append(new)
         return found
 
     def _new(self, run: Run, taken: set[bytes]) -> list[Run]:

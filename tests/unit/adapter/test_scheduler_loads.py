@@ -404,6 +404,37 @@ def test_what_a_request_leaves_when_it_ends_is_named_by_the_next_step() -> None:
     assert not world.half.has_pending_work
 
 
+def test_a_reply_that_completes_a_block_is_part_of_what_a_request_leaves() -> None:
+    """Its hash is worked out then."""
+    world = World(blocks=400)
+    tokens = (2 * STEP_BLOCKS + 6) * BLOCK + BLOCK - 1
+    request = world.new(FakeRequest("a", tokens), usable=0)
+    world.alloc(request)
+    assert len(world.step(a=tokens).saves) == 1
+    request.num_computed_tokens = tokens
+    request.all_token_ids.append(7)
+    assert len(world.step(a=1).saves) == 1
+    request.num_computed_tokens += 1
+    request.all_token_ids.append(8)
+    world.half.finished(request, whole=True, tables=[world.tables["a"]])
+    (job,) = world.step().saves
+    assert [block.hash for block in job.blocks] == request.hashes()[2 * STEP_BLOCKS :]
+    assert len(job.blocks) == 7
+
+
+def test_what_a_request_leaves_is_dropped_where_others_have_left_too_much() -> None:
+    world = World(blocks=800)
+    request = long_prompt(world)
+    over = world.new(FakeRequest("over", 3000, seed=3), usable=0)
+    world.alloc(over)
+    assert len(world.step(over=3000).saves) == 1
+    world.half.finished(over, whole=True)
+    assert "saves_dropped.pins" not in world.half.counters
+    world.half.finished(request, whole=True, tables=[world.tables["a"]])
+    assert world.step().saves == []
+    assert world.half.counters["saves_dropped.pins"] == 1
+
+
 def test_what_a_request_leaves_is_let_go_of_with_the_namespace() -> None:
     world = World(blocks=400)
     request = long_prompt(world)
