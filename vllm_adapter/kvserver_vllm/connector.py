@@ -269,6 +269,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _sections(self, weights: bytes) -> list[tuple[NamespaceSpec, Section]]:
         held = by_section(self._ranks)
         states = state_dtypes(held)
+        attributes = self._ranks[min(self._ranks)].attributes
         found = []
         for ranks in held:
             spec = build_spec(
@@ -279,6 +280,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 block_tokens=self._settings.block_tokens,
                 epoch=self._epoch,
                 section=section_attribute(ranks, len(held), states),
+                attributes=attributes,
             )
             found.append((spec, section_of(spec, ranks)))
         return found

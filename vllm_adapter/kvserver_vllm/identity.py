@@ -266,19 +266,21 @@ def build_spec(
     block_tokens: int,
     epoch: str,
     section: Mapping[str, str] | None = None,
+    attributes: Mapping[str, str] | None = None,
 ) -> NamespaceSpec:
     """The namespace of one section of this engine. `epoch` is "" until the engine's cache was
-    reset; `section` are the attributes that tell it from the others."""
+    reset; `section` are the attributes that tell it from the others; `attributes` those that the
+    ranks found (default: what follows from `config`)."""
     model = config.model_config
     _, layers = layer_starts(ranks)
     info = next(iter(ranks.values()))
     for other in ranks.values():
         if (other.encoding, other.page_bytes) != (info.encoding, info.page_bytes):
             raise UnsupportedError("ranks encode their KV differently")
-    attributes = attributes_of(config)
+    found = dict(attributes or attributes_of(config))
     if epoch:
-        attributes["epoch"] = epoch
-    attributes.update(section or {})
+        found["epoch"] = epoch
+    found.update(section or {})
     architectures = getattr(model.hf_config, "architectures", None) or [
         model.hf_text_config.model_type
     ]
@@ -293,7 +295,7 @@ def build_spec(
         page_tokens=info.page_tokens,
         block_tokens=block_tokens,
         tenant=tenant,
-        attributes=attributes,
+        attributes=found,
     )
 
 

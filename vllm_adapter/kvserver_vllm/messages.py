@@ -49,6 +49,10 @@ class RankHolds(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """What one rank holds of each section."""
 
     sections: tuple[RankInfo, ...]
+    attributes: dict[str, str] = field(default_factory=dict)
+    """What else decides the numbers (attributes.py), as it stands where the model was built: some
+    models (Falcon-H1, DeepSeek) write into their configuration then, which the scheduler half sees
+    only where it lives in the same process."""
 
 
 @dataclass(frozen=True, slots=True)

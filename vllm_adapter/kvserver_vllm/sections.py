@@ -31,6 +31,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvproto.namespace import NamespaceSpec
+from kvserver_vllm.attributes import attributes_of
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.grouped import GroupedPages, StatePages
 from kvserver_vllm.identity import (
@@ -86,7 +87,7 @@ def hold(
             start, _ = head_range(config, tp_rank)
         infos.append(replace(info, window=window, groups=tuple(sorted({at for at, _ in tensors}))))
         sections.append(RankSection(window, pages, tuple(names), start))
-    return sections, RankHolds(tuple(infos))
+    return sections, RankHolds(tuple(infos), attributes_of(config))
 
 
 def _attention(

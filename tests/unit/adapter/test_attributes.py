@@ -12,9 +12,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvserver_vllm.attributes import attributes_of, require_numbers
+from kvserver_vllm.config import Settings
+from kvserver_vllm.connector import KVServerConnector
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.identity import _cpu_encoding, build_spec, kv_dtype, require_supported
-from kvserver_vllm.messages import RankInfo
+from kvserver_vllm.messages import RankHolds, RankInfo
 from tests.support.vllm_configs import LONGROPE, engine_config, write_config
 
 pytestmark = pytest.mark.timeout(180)  # the first configuration makes vLLM import its model
@@ -191,6 +193,26 @@ def test_a_composite_model_is_more_than_its_text_model(model: Path, base: bytes)
         config.model_config.hf_config = whole
         ids.add(spec_id(config))
     assert len(ids) == 3
+
+
+def test_what_a_model_writes_into_its_configuration_is_asked_of_the_ranks(model: Path) -> None:
+    """Falcon-H1 and DeepSeek do while they are built: the scheduler half sees it only where it lives
+    in the same process, which depends on the number of ranks."""
+    built, apart = engine_config(model), engine_config(model)
+    built.model_config.hf_text_config.rope_parameters["partial_rotary_factor"] = 1.0
+    assert attributes_of(built) != attributes_of(apart)
+    info = RankInfo(tuple(range(4)), 0, 2, "cpu-attn-kt/1", "float32", 32, 8192)
+    ids = set()
+    for config in (built, apart):
+        half = SimpleNamespace(
+            _vllm_config=config,
+            _ranks={(0, 0): RankHolds((info,), attributes_of(built))},
+            _settings=Settings.parse({"address": "hub:1"}),
+            _epoch="",
+        )
+        ((spec, _),) = KVServerConnector._sections(half, bytes(32))
+        ids.add(spec.id)
+    assert len(ids) == 1
 
 
 def test_how_items_are_processed_counts(model: Path) -> None:
