@@ -196,7 +196,7 @@ def test_a_composite_model_is_more_than_its_text_model(model: Path, base: bytes)
 
 
 def test_what_a_model_writes_into_its_configuration_is_asked_of_the_ranks(model: Path) -> None:
-    """Falcon-H1 and DeepSeek do while they are built: the scheduler half sees it only where it lives
+    """Falcon-H1 and DeepSeek do while they are built: the scheduler half sees it only if it lives
     in the same process, which depends on the number of ranks."""
     built, apart = engine_config(model), engine_config(model)
     built.model_config.hf_text_config.rope_parameters["partial_rotary_factor"] = 1.0
