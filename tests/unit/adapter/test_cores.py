@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,33 +22,25 @@ MINE = sorted(os.sched_getaffinity(0))
 two_cores = pytest.mark.skipif(len(MINE) < 2, reason="needs two cores")
 
 
-def bound_child(answers: multiprocessing.SimpleQueue[dict[str, list[int]]]) -> None:
-    """A rank whose own thread was bound to one core."""
-    os.sched_setaffinity(0, {MINE[0]})
-    found = {
-        "bound": cores_of("auto", bound=True),
-        "free": cores_of("auto", bound=False),
-        "inherit": cores_of("inherit", bound=True),
-        "own": os.sched_getaffinity(0),
-    }
-    answers.put({name: sorted(which or ()) for name, which in found.items()})
-
-
 @two_cores
-def test_threads_of_a_bound_rank_get_what_its_parent_has() -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    child = context.Process(target=bound_child, args=(answers,))
-    child.start()
-    child.join(50)
-    assert child.exitcode == 0
-    node = cores._near({MINE[0]})
-    assert answers.get() == {
-        "bound": sorted(node & set(MINE)),
-        "free": [],
-        "inherit": [],
-        "own": [MINE[0]],
-    }
+def test_threads_of_a_bound_rank_get_what_its_parent_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread stands for the rank, and this process, whose own thread is free, for its parent."""
+    parent = SimpleNamespace(pid=os.getpid())
+    monkeypatch.setattr(cores.multiprocessing, "parent_process", lambda: parent)
+    found: dict[str, frozenset[int] | None] = {}
+
+    def rank() -> None:
+        os.sched_setaffinity(0, {MINE[0]})
+        found["bound"] = cores_of("auto", bound=True)
+        found["free"] = cores_of("auto", bound=False)
+        found["inherit"] = cores_of("inherit", bound=True)
+
+    thread = threading.Thread(target=rank)
+    thread.start()
+    thread.join()
+    near = cores._near({MINE[0]}) & set(MINE)
+    assert found == {"bound": near, "free": None, "inherit": None}
+    assert sorted(os.sched_getaffinity(0)) == MINE
 
 
 def test_a_process_that_nobody_bound_is_left_alone() -> None:
