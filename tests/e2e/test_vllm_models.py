@@ -100,7 +100,9 @@ class Run:
         return found
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt", "gpt2", "mistral", "gemma2", "gemma3", "gptoss"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "llama-int8", "opt", "gpt2", "mistral", "gemma2", "gemma3", "gptoss"]
+)
 def test_a_decode_engine_answers_from_what_a_prefill_engine_computed(
     name: str, tmp_path: Path
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_decode_engine_answers_from_what_a_prefill_engine_computed(
     ("name", "dtype"),
     [
         ("deepseek2", "float32"),
+        ("deepseek3", "float32"),
         ("llama", "bfloat16"),
         ("cohere2", "bfloat16"),
     ],

@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 BLOCK, TOKENS = 128, 16
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False}
 STATE = -1
+TAIL_TTL_MS = 300_000
+"""For engines that start one after another."""
 LENGTHS = (300, 3 * BLOCK + 1, 2 * BLOCK, 90)
 """The state is that of a tail, of a full block, of a tail of 127 tokens, of a tail alone."""
 PROMPTS = {length: ids(length, length) for length in LENGTHS}
@@ -129,3 +131,39 @@ def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
 
 def states_of(events: list[dict[str, Any]], kind: str) -> set[str]:
     return {e["hash"] for e in events if e["event"] == kind and e["window"] == STATE}
+
+
+def test_two_decode_engines_go_on_alike_from_a_state_in_bfloat16(tmp_path: Path) -> None:
+    """On a CPU gated delta nets run in bfloat16 only, which rounds by the length of a pass: a lone
+    engine's answer is another. Bytes are equal all the same."""
+    family, log, tokens = FAMILIES["qwen3next"], tmp_path / "p.jsonl", PROMPTS[300]
+    model = write_family(tmp_path / "model", family.name, dtype="bfloat16")
+    options = {"dtype": "bfloat16", **family.options}
+    answers = []
+    with start_server(tmp_path, host_bytes="128MiB", tail_ttl_ms=TAIL_TTL_MS) as server:
+        config = hub_config(server.address, event_log=log, **PATIENT)
+        with Engine.start(model, config=config, **options) as engine:
+            hand_off(engine, log, [tokens], attention=True)
+        pushed = cells(read_events(log), "pushed")
+        for number in range(2):
+            decode_log = tmp_path / f"d{number}.jsonl"
+            config = hub_config(server.address, event_log=decode_log, **PATIENT)
+            with Engine.start(model, config=config, **options) as engine:
+                wait_connected(decode_log)
+                decoder = Decoder(engine, decode_log)
+                got, events = decoder.answer(tokens)
+                answers.append(got)
+                assert [(e["tokens"], e["left"]) for e in events if e["event"] == "scheduled"] == [
+                    (1, 1)
+                ]
+                assert page_complaints(pushed, cells(events, "pulled")) == []
+                assert {key for key, _ in cells(events, "pulled")} == {key.hex() for key in KEYS}
+                if number == 1:
+                    with Client.connect(server.address) as client:
+                        spec = next(s for s in specs_of(client) if s.encoding.startswith("state-"))
+                        bad = altered(state_of(client, spec, KEYS))
+                        replace_state(client, spec, KEYS, bad, tokens=299 % BLOCK)
+                    got, events = decoder.answer(tokens)
+                    assert len(page_complaints(pushed, cells(events, "pulled"))) == 1
+    assert answer_complaints(answers[1], answers[0]) == []
+    assert answer_complaints(got, answers[0]) != []

@@ -8,6 +8,7 @@ takes them, and weights spread widely enough that greedy decoding wanders.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Family:
 
     `windows` are those of its layers, 0: full attention, -1: a recurrent state. `seed` is one whose
     model does not repeat itself; `tied` says that its head is its embeddings. `fix` changes the
-    model before it is written.
+    model before it is written, `finish` the directory.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     seed: int = 0
     tied: bool = False
     fix: Callable[[Any], None] | None = None
+    finish: Callable[[Path], None] | None = None
 
 
 _COMMON: dict[str, Any] = {
@@ -76,10 +78,40 @@ def _outweigh_embeddings(model: Any) -> None:
             parameter.data.fill_(4.0)
 
 
+def _quantise(directory: Path) -> None:
+    """Linear layers in 8 bits, with a scale for each of their outputs, as compressed-tensors has
+    them; what goes into them is quantised token by token while the engine runs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weights = tensors[name]
+        scale = weights.abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (weights / scale).round().to(torch.int8)
+        tensors[name.replace(".weight", ".weight_scale")] = scale
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**integers, "strategy": "channel"},
+        "input_activations": {**integers, "strategy": "token", "dynamic": True},
+    }
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": scheme}))
+
+
 FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "LlamaConfig", _COMMON),
+        Family("llama-int8", "LlamaConfig", _COMMON, finish=_quantise),
         Family("qwen3", "Qwen3Config", _COMMON),
         Family(
             "opt",
@@ -184,6 +216,54 @@ FAMILIES = {
             },
         ),
         Family(
+            "deepseek3",
+            "DeepseekV3Config",
+            {
+                **{k: v for k, v in _COMMON.items() if k != "head_dim"},
+                "num_key_value_heads": 4,
+                "kv_lora_rank": 512,
+                "q_lora_rank": 64,
+                "qk_rope_head_dim": 64,
+                "qk_nope_head_dim": 32,
+                "v_head_dim": 32,
+                "first_k_dense_replace": 2,
+                "n_routed_experts": 4,
+                "n_group": 2,
+                "topk_group": 1,
+                "topk_method": "noaux_tc",
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "num_mtp_layers": 0,
+            },
+            kv_heads=1,
+            options={"block_size": 16},
+            seed=5,
+        ),
+        Family(
+            "qwen3next",
+            "Qwen3NextConfig",
+            {
+                **_COMMON,
+                "linear_conv_kernel_dim": 4,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                "linear_num_key_heads": 1,
+                "linear_num_value_heads": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "shared_expert_intermediate_size": 64,
+                "layer_types": [
+                    "linear_attention",
+                    "linear_attention",
+                    "linear_attention",
+                    "full_attention",
+                ],
+            },
+            windows=(0, -1),
+            options=STATES_NOT_CACHED,
+        ),
+        Family(
             "deepseek2",
             "DeepseekV2Config",
             {
@@ -270,4 +350,6 @@ def write_family(directory: Path, name: str, *, dtype: str = "float32") -> Path:
         family.fix(model)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, safe_serialization=True)
+    if family.finish is not None:
+        family.finish(directory)
     return directory
