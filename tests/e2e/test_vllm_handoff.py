@@ -76,7 +76,7 @@ def pair(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                     role=role,
                     event_log=path / f"{name}.jsonl",
                     intent_wait_ms=20_000,
-                    handoff_wait_ms=60_000,  # a slow machine needs ten seconds for the long one
+                    handoff_wait_ms=25_000,  # on a slow machine three layers take seconds
                     **way.settings(server),
                     **PATIENT,
                 )

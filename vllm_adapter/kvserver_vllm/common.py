@@ -14,9 +14,17 @@ from kvserver_vllm.chain import Chain
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.layout import SKIP, of_group
-from kvserver_vllm.messages import Section
+from kvserver_vllm.messages import STALL_S, Section
 from kvserver_vllm.pace import Pace
 from kvserver_vllm.runs import Run
+
+STALL_SHARE = 10
+
+
+def stall_s(longest_ms: int) -> float:
+    """Seconds without progress after which a wait that may last `longest_ms` ends: a tenth of
+    that, and at least STALL_S."""
+    return max(STALL_S, longest_ms / 1e3 / STALL_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,13 @@ class Common:
 
     def count(self, name: str, by: int = 1) -> None:
         self.counters[name] = self.counters.get(name, 0) + by
+
+    @property
+    def writer_stall_s(self) -> float:
+        """Seconds that a request waits for what other engines write while nothing comes. What comes
+        may be layers of a whole chunk at a time: an engine that takes longer for them needs a
+        longer `handoff_wait_ms`."""
+        return stall_s(self.settings.handoff_wait_ms)
 
     @property
     def recurrent(self) -> bool:

@@ -56,7 +56,8 @@ class Settings:
     has announced yet."""
     handoff_wait_ms: int = 10_000
     """Longest a request waits for blocks that another engine is writing; also at most 1.5 times
-    what computing them is estimated to take. 0: never."""
+    what computing them is estimated to take, and at most a tenth of this, or a second if that is
+    more, while nothing comes. 0: never."""
     window_bytes: int = 0
     """Bytes one load may hold leased at once. Default 0: the hub's maximum."""
     staging_bytes: int = 1 << 30

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.loads import Loads
-from kvserver_vllm.messages import STALL_S, FetchJob, FetchProgress
+from kvserver_vllm.messages import FetchJob, FetchProgress
 
 
 @dataclass(slots=True)
@@ -91,7 +91,8 @@ class Fetches:
             return fetch.stop
         whole = fetch.start + (min(progress.whole for progress in reports) if heard else 0)
         ended = heard and all(progress.ended for progress in reports)
-        if ended or now >= fetch.until or now - fetch.progress_at >= STALL_S:
+        stalled = now - fetch.progress_at >= self._common.writer_stall_s
+        if ended or now >= fetch.until or stalled:
             return whole
         return None
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.common import Common, Tracked, stall_s
 from kvserver_vllm.layout import SKIP, of_group
-from kvserver_vllm.messages import STALL_S, LoadJob, StepMeta
+from kvserver_vllm.messages import LoadJob, StepMeta
 from kvserver_vllm.runs import Blocks, Run
 
 FAILED_KEY_S = 2.0
@@ -27,8 +27,6 @@ TIERS = {1: "device", 2: "host", 3: "disk"}
 HOST_TIER = 2
 DIRECT_SHARE = 4
 """A load that needs more than 1/4 of the free blocks is fetched first, without holding any."""
-STALL_SHARE = 10
-"""1/10 of `load_deadline_ms`, and at least STALL_S: as long as a load goes on without progress."""
 LOADING_SHARE = 2
 """Of the pool's blocks, 1/2 may wait for loads; the next load waits its turn."""
 
@@ -158,7 +156,7 @@ class Loads:
 
     def take_orders(self, meta: StepMeta) -> None:
         """Tell the ranks of loads, aborts and voids that they have not heard of."""
-        stall = max(STALL_S, self._common.settings.load_deadline_ms / 1e3 / STALL_SHARE)
+        stall = stall_s(self._common.settings.load_deadline_ms)
         meta.loads = [
             LoadJob(one.request, Blocks([self._run(one)]), one.deadline_s, one.fetched, stall)
             for one in self._outgoing

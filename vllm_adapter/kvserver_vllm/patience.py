@@ -5,14 +5,13 @@ Rules:
      from the request's arrival; others only while the hub knows of a writer.
   2. In all a request waits at most `handoff_wait_ms`, and at most 1.5 times what computing the rest
      itself is estimated to take.
-  3. Waiting ends `STALL_S` after the last progress.
+  3. Waiting ends a tenth of `handoff_wait_ms`, and at least a second, after the last progress.
   4. Nobody waits for a block that this engine itself is about to write: it might wait for itself.
 """
 
 from __future__ import annotations
 
 from kvserver_vllm.common import Answer, Common, Tracked
-from kvserver_vllm.messages import STALL_S
 from kvserver_vllm.saves import Saves
 
 OWN_SHARE = 1.5
@@ -40,7 +39,7 @@ class Patience:
         if answer.live > answer.usable:
             if self._saves.own(tracked.keys(answer.usable, answer.usable + 1)[0]):
                 return 0.0
-            stalled = now - tracked.progress_at >= STALL_S
+            stalled = now - tracked.progress_at >= self._common.writer_stall_s
             return 0.0 if stalled else max(left, 0.0)
         if not tracked.handed:
             return 0.0

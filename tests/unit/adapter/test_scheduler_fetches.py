@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvserver_vllm.fetches import STALL_S
-from kvserver_vllm.messages import FetchProgress, RankReport
+from kvserver_vllm.messages import STALL_S, FetchProgress, RankReport
 from tests.support.scheduler_world import BLOCK, FakeHub, FakeRequest, World
 
 DECODE_LEG = {"do_remote_prefill": True, "do_remote_decode": False}
@@ -93,6 +92,17 @@ def test_ranks_that_cannot_be_heard_are_not_waited_for(world: World) -> None:
     assert world.half.has_pending_work
     assert world.step().drops == ["d"]
     assert not world.half.has_pending_work
+
+
+def test_who_may_wait_long_is_patient_with_a_slow_writer() -> None:
+    world = World(settings={"handoff_wait_ms": 60_000})
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(cells=8)})
+    world.now += 5.9
+    assert world.match(request)[0] is None
+    world.now += 0.2
+    assert world.match(request) == (0, False)
 
 
 def test_all_ranks_count() -> None:

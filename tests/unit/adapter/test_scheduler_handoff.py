@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvserver_vllm.messages import RankReport
-from kvserver_vllm.patience import STALL_S
+from kvserver_vllm.messages import STALL_S, RankReport
 from tests.support.scheduler_world import BLOCK, PAGE, SECTIONS, FakeHub, FakeRequest, World
 
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": None}
@@ -234,11 +233,14 @@ def test_without_the_hint_an_absent_key_is_a_miss_at_once(world: World) -> None:
     assert waited(world, request, 0, 0) == 0
 
 
-def test_a_live_writer_is_waited_for_until_it_makes_no_progress() -> None:
-    world = World(settings={"staging_bytes": 0})
+@pytest.mark.parametrize(("longest_ms", "stall_s"), [(10_000, STALL_S), (30_000, 3.0)])
+def test_a_live_writer_is_waited_for_until_it_makes_no_progress(
+    longest_ms: int, stall_s: float
+) -> None:
+    world = World(settings={"handoff_wait_ms": longest_ms, "staging_bytes": 0})
     request = world.new(FakeRequest("a", 900))
     world.hub.answer(2, live=7)
-    assert waited(world, request, 2, 7) == pytest.approx(STALL_S, abs=0.06)
+    assert waited(world, request, 2, 7) == pytest.approx(stall_s, abs=0.06)
     assert world.match(request) == (256, True)
 
 
