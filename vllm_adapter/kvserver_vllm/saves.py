@@ -26,7 +26,7 @@ from kvserver_vllm.runs import Blocks, Run, jobs_of
 ANNOUNCE_S = 10.0
 """Life of an announcement; renewed in half of it while its request computes."""
 JOB_BLOCKS_MAX = 1024
-STEP_BLOCKS = 32
+STEP_BLOCKS = 24
 """Blocks of one request that a step names, unless somebody waits for them."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
