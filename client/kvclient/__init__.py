@@ -40,6 +40,8 @@ from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered, Scattered
 from kvclient.watching import CacheMap, Residence, Watch, WatchEvent, WatchKind
 from kvclient.writing import Reservation
+from kvproto.namespace import NamespaceSpec
+from kvproto.prefix import prefix_hashes
 
 __all__ = [
     "AsyncClient",
@@ -58,6 +60,7 @@ __all__ = [
     "Limits",
     "Lookup",
     "Namespace",
+    "NamespaceSpec",
     "Need",
     "NotFound",
     "Pin",
@@ -83,4 +86,5 @@ __all__ = [
     "WatchEvent",
     "WatchKind",
     "forks",
+    "prefix_hashes",
 ]

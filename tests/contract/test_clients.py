@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,22 @@ from tests.support.ways import WAYS, Way
 def way() -> Way:
     """These are about the client, whatever moves the bytes."""
     return WAYS["shm"]
+
+
+def test_the_readmes_example_runs_as_it_stands(hub: ServerProcess) -> None:
+    """Word for word, but for the hub's address; and it prints what the README says."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example.count("127.0.0.1:50051") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("127.0.0.1:50051", hub.address)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == re.findall(r"print\(.*\) +# (.*)", example)
 
 
 def test_the_synchronous_client_from_eight_threads(hub: ServerProcess) -> None:
