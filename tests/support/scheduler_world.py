@@ -166,7 +166,9 @@ class World:
     def step(self, **scheduled: int) -> StepMeta:
         state = SimpleNamespace(get_block_ids=lambda name: (self.tables[name],))
         output = SimpleNamespace(num_scheduled_tokens=scheduled, kv_connector_block_state=state)
-        return self.half.build_meta(output)
+        meta = self.half.build_meta(output)
+        self.hub.turn()
+        return meta
 
     def report(
         self,

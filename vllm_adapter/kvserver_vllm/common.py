@@ -2,10 +2,14 @@
 
 `Common` is written by the scheduler half only (see scheduler.py); lookups.py, loads.py and saves.py
 read it.
+
+Rule: what the hub is told and nobody waits for goes out at the end of the step's orders, all of it
+at once. To wake the hub's thread takes longer than most calls of this half.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -134,6 +138,19 @@ class Common:
     pace: Pace = field(default_factory=Pace)
     pool: Any = None
     counters: dict[str, int] = field(default_factory=dict)
+    words: list[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[Any, ...]]] = field(
+        default_factory=list
+    )
+    """What the hub is to be told with the next step."""
+
+    def tell(self, word: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        self.words.append((word, args))
+
+    def send(self) -> None:
+        """Have the hub's thread say what it was told to."""
+        if self.words:
+            self.hub.submit(_say(self.words))
+            self.words = []
 
     @property
     def block(self) -> int:
@@ -265,3 +282,7 @@ class Common:
             for group in range(len(self.group_tokens))
         ]
         return any(all(groups[g] for g in section.groups) for section in self.sections)
+
+
+async def _say(words: Sequence[tuple[Callable[..., Coroutine[Any, Any, None]], Any]]) -> None:
+    await asyncio.gather(*(word(*args) for word, args in words))

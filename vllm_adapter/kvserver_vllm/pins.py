@@ -1,7 +1,10 @@
 """Pins of engine blocks under pushes.
 
-Rule: only this module touches and frees blocks of the pool on behalf of pushes. A block is touched
-when its job goes out and freed when every rank has reported the job; nothing else unpins it.
+Rules:
+  1. Only this module touches and frees blocks of the pool on behalf of pushes. A block is touched
+     when its job goes out and freed when every rank has reported the job; nothing else unpins it.
+  2. What a request that is over has yet to name is touched when it ends, and let go of once a job
+     pins it, or none will.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class PinLedger:
         """Keys on their way."""
         self._owners: dict[int, dict[str, int]] = {}
         self._orphans: dict[int, int] = {}
+        self._held = 0
 
     def bind(self, pool: Any) -> None:
         self._pool = pool
@@ -36,7 +40,18 @@ class PinLedger:
     @property
     def orphans(self) -> int:
         """Engine blocks pinned for requests that are over."""
-        return sum(self._orphans.values())
+        return sum(self._orphans.values()) + self._held
+
+    def hold(self, ids: Sequence[int]) -> None:
+        """Pin engine blocks of a request that is over; `let_go` of each of them follows."""
+        self._held += len(ids)
+        if self._pool is not None:
+            self._pool.touch(list(map(self._pool.blocks.__getitem__, ids)))
+
+    def let_go(self, ids: Sequence[int]) -> None:
+        self._held -= len(ids)
+        if self._pool is not None:
+            self._pool.free_blocks(map(self._pool.blocks.__getitem__, reversed(ids)))
 
     def pin(self, job: int, part: Sequence[tuple[Run, Sequence[int]]]) -> None:
         """`part`: what the job saves, each with the engine blocks that it reads."""

@@ -3,18 +3,24 @@
 Rules:
   1. A block is saved once, by the step that computes its last token, a prompt's tail only when the
      prompt is handed off. Of a prompt that is not, a step names so many blocks, and leaves the rest
-     to the next one or to the request's end: the engine's thread does a little at a time.
+     to the next one: the engine's thread does a little at a time.
   2. What was announced is written or withdrawn: with its request, or as soon as a rank has given
      its push up. A long prompt's announcement is renewed.
   3. Pages under a push are pinned in the block pool until every rank has let go of them.
   4. A recurrent state is saved as it stands after a prompt that is handed off: elsewhere the next
      step would change it under the push. Without one, blocks of such an engine are of no use.
   5. Pushes of requests that are over may pin a bounded share of the pool.
+  6. What a request leaves unnamed when it ends stays pinned, and later steps name it: in the order
+     in which requests ended, so many blocks a step less those of requests that go on, and all of it
+     `pin_ms` after the end at the latest. The engine keeps stepping for it; it is announced still.
+     Nothing is left of a request that was aborted, and of no request once the namespace is.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvserver_vllm.common import Common, Tracked
@@ -27,10 +33,22 @@ ANNOUNCE_S = 10.0
 """Life of an announcement; renewed in half of it while its request computes."""
 JOB_BLOCKS_MAX = 1024
 STEP_BLOCKS = 24
-"""Blocks of one request that a step names, unless somebody waits for them."""
+"""Blocks of one request that a step names, unless somebody waits for them; of all requests that are
+over, together."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
 ORPHANS_FLOOR = 64
+
+
+@dataclass(slots=True)
+class Ended:
+    """A request that is over. Its blocks [tracked.saved, tracked.completed) are to be named yet,
+    and what `tables` name of them is held."""
+
+    tracked: Tracked
+    tables: Sequence[Sequence[int]]
+    until: float
+    """From this instant on a step names all of it."""
 
 
 class Saves:
@@ -43,15 +61,15 @@ class Saves:
         self._job = 0
         self._ranks = ranks
         self._pins = PinLedger(ranks)
-        self._rest: list[SaveJob] = []  # of requests that are over
+        self._ended: deque[Ended] = deque()
 
     def bind(self, pool: Any) -> None:
         self._pins.bind(pool)
 
     @property
     def jobs(self) -> int:
-        """Saves that ranks have not reported."""
-        return self._pins.jobs
+        """Saves that ranks have not reported, and ended requests that were not named whole."""
+        return self._pins.jobs + len(self._ended)
 
     def own(self, key: bytes) -> bool:
         """Whether this engine itself is about to write that block, or is writing it."""
@@ -77,7 +95,7 @@ class Saves:
         common = self._common
         assert tracked.announced
         tracked.announced_at = common.clock()
-        common.hub.submit(common.hub.announce(common.sections, tracked.announced, ANNOUNCE_S))
+        common.tell(common.hub.announce, common.sections, tracked.announced, ANNOUNCE_S)
 
     def _ordered(self, tracked: Tracked, runs: Sequence[Run], now: float) -> None:
         """These blocks are on their way to the hub; the rest is announced again in time."""
@@ -96,26 +114,65 @@ class Saves:
     def forget(self) -> None:
         """The namespace is left: nothing of it is to come from here."""
         self._own.clear()
-        for job in self._rest:
-            self._pins.released(job.job, self._ranks)
-        self._rest.clear()
+        for one in self._ended:
+            self._pins.let_go(self._held(one, one.tracked.saved, None))
+        self._ended.clear()
 
     def finished(
         self, request: str, tracked: Tracked, tables: Sequence[Sequence[int]] = ()
     ) -> None:
         """A request is over, for whatever reason: what it has not computed is not coming, nor what
         was put off to the last. `tables`: its blocks, if what it has computed stands in them."""
-        left = tracked.completed > tracked.saved and bool(tables) and self._on
+        left = tracked.completed > tracked.saved and any(tables) and self._on
         if left and not tracked.put_off and not self._common.recurrent:
             tracked.put_off = self._pins.orphans > self._orphans_max()
-            if not tracked.put_off and self._hashed(tracked, tracked.completed):
-                runs = self._completed(tracked, tracked.completed, False, tables)
-                self._ordered(tracked, runs, self._common.clock())
-                self._rest += self._jobs([new for run in runs for new in self._new(run, set())])
+            if not tracked.put_off and self._known(tracked, tracked.completed):
+                until = self._common.clock() + self._common.settings.pin_ms / 1e3
+                one = Ended(tracked, tables, until)
+                self._pins.hold(self._held(one, tracked.saved, None))
+                self._ended.append(one)
+                self._pins.orphan(request)
+                return
         if tracked.put_off:
             self._common.count("saves_dropped.pins")
         self._withdraw(tracked)
         self._pins.orphan(request)
+
+    def _held(self, one: Ended, start: int, stop: int | None) -> list[int]:
+        """The engine's blocks from where the hub's block `start` begins to where `stop` does, None:
+        to the end of all that is left. What two of the hub's share goes with the later one."""
+        common, end, found = self._common, one.tracked.completed * self._common.block, list[int]()
+        null = common.pool.null_block.block_id if common.pool is not None else -1
+        for ids, tokens in zip(one.tables, common.group_tokens, strict=True):
+            last = -(-end // tokens) if stop is None else stop * common.block // tokens
+            found += ids[start * common.block // tokens : last]
+        return [block for block in found if block != null] if null in found else found
+
+    def _of_ended(self, room: int) -> list[SaveJob]:
+        """Jobs for what this step names of requests that are over: `room` blocks, or more where
+        their time is over or somebody waits for them."""
+        jobs, now = list[SaveJob](), self._common.clock()
+        while self._ended:
+            one = self._ended[0]
+            tracked, start = one.tracked, one.tracked.saved
+            stop = tracked.completed
+            if now < one.until and not tracked.hands_off:
+                stop = min(stop, start + room)
+            if stop == start:
+                break
+            room = max(0, room - (stop - start))
+            assert tracked.chain is not None
+            tracked.chain.extend(stop)
+            runs = self._completed(tracked, stop, False, one.tables)
+            self._ordered(tracked, runs, now)
+            jobs += self._jobs([new for run in runs for new in self._new(run, set())])
+            self._pins.orphan(tracked.request.request_id)
+            whole = stop == tracked.completed
+            self._pins.let_go(self._held(one, start, None if whole else stop))
+            if whole:
+                self._ended.popleft()
+                self._withdraw(tracked)
+        return jobs
 
     def _withdraw(self, tracked: Tracked) -> None:
         common, left = self._common, tracked.announced
@@ -123,7 +180,7 @@ class Saves:
             self._own.difference_update(left)
             tracked.announced = []
             if common.sections:
-                common.hub.submit(common.hub.withdraw(common.sections, left))
+                common.tell(common.hub.withdraw, common.sections, left)
 
     def _take_back(self, requests: dict[str, Tracked]) -> None:
         """The engine was told to produce no more: nobody is to wait for what it announced."""
@@ -135,8 +192,11 @@ class Saves:
         """Jobs for what this step completes; their pages are pinned from here on."""
         if not self._common.saves:
             self._take_back(requests)
-        rest, self._rest = self._rest, []
-        return [*rest, *self._jobs(self._runs(output, requests))] if self._on else rest
+        runs = self._runs(output, requests) if self._on else []
+        jobs = self._jobs(runs)
+        if self._ended:
+            jobs += self._of_ended(max(0, STEP_BLOCKS - sum(map(len, runs))))
+        return jobs
 
     @property
     def _on(self) -> bool:
@@ -235,13 +295,16 @@ class Saves:
 
     def _hashed(self, tracked: Tracked, blocks: int) -> bool:
         """Make sure the chain is that long. The prompt's part is the hub thread's work."""
-        chain = tracked.chain
-        if chain is None:
+        if not self._known(tracked, blocks):
             return False
-        if len(chain.hashes) < min(blocks, chain.prompt_blocks):
-            return False
-        chain.extend(blocks)
+        assert tracked.chain is not None
+        tracked.chain.extend(blocks)
         return True
+
+    def _known(self, tracked: Tracked, blocks: int) -> bool:
+        """Whether the prompt's part of so long a chain is there."""
+        chain = tracked.chain
+        return chain is not None and len(chain.hashes) >= min(blocks, chain.prompt_blocks)
 
     def _orphans_max(self) -> int:
         pool = self._common.pool
@@ -255,7 +318,7 @@ class Saves:
         other engines have announced stays."""
         common = self._common
         if common.sections:
-            common.hub.submit(common.hub.withdraw(common.sections, keys))
+            common.tell(common.hub.withdraw, common.sections, keys)
 
     def released(self, job: int, ranks: int) -> None:
         """So many ranks no longer touch the job's pages."""

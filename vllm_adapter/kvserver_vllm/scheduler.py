@@ -174,6 +174,7 @@ class SchedulerHalf:
         self._loads.take_orders(meta)
         if meta.saves or meta.loads or meta.fetches or self._told != self._common.sections:
             self._told = meta.sections = self._common.sections
+        self._common.send()
         return meta
 
     def _prompt_tokens(self, output: Any) -> int:
@@ -207,8 +208,10 @@ class SchedulerHalf:
 
     @property
     def has_pending_work(self) -> bool:
-        """Whether ranks still owe reports: the engine keeps stepping meanwhile."""
-        return bool(self._saves.jobs or self._loads.aborting or self._fetches.dropping)
+        """Whether ranks still owe reports, or are owed orders, or the hub a word: the engine keeps
+        stepping meanwhile."""
+        owed = self._loads.aborting or self._fetches.dropping or self._common.words
+        return bool(self._saves.jobs or owed)
 
 
 def shorten(request: Any) -> bool:

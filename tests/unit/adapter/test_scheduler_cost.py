@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvserver_vllm.messages import RankReport
+from kvserver_vllm.saves import STEP_BLOCKS
 from tests.support.scheduler_world import ENGINE_BLOCK, FakeHub, FakeRequest, World
 
 TOKENS, CHUNK, REQUESTS, STEPS = 8192, 2048, 60, 5
@@ -82,10 +83,17 @@ class Clocked:
 
 
 def life(
-    clocked: Clocked, number: int, usable: int | None, *, tokens: int = TOKENS, chunk: int = CHUNK
+    clocked: Clocked,
+    number: int,
+    usable: int | None,
+    *,
+    tokens: int = TOKENS,
+    chunk: int = CHUNK,
+    steps: int = STEPS,
 ) -> None:
     """One request's life: asked about in each step until its answer is there, loaded or computed
-    in chunks of `chunk` tokens, decoded for STEPS steps. `usable`: hub blocks, None: no answer."""
+    in chunks of `chunk` tokens, decoded for `steps` steps; then what is left of it is pushed.
+    `usable`: hub blocks, None: no answer."""
     world = clocked.world
     request = FakeRequest(f"r{number}", tokens, seed=number)
     clocked("on_new_request", request)
@@ -118,25 +126,29 @@ def life(
         clocked("after_alloc", request, [table], 0)
     while request.num_computed_tokens < tokens:
         step(min(chunk, tokens - request.num_computed_tokens))
-    for _ in range(STEPS):
+    for _ in range(steps):
         request.all_token_ids.append(7)
         step(1)
-    clocked("finished", request, whole=True)
+    clocked("finished", request, whole=True, tables=[table])
     world.pool.free_blocks([world.pool.blocks[b] for b in reversed(table)])
+    for _ in range(STEPS):
+        step(0)
+    assert not world.half.has_pending_work
 
 
 @pytest.mark.parametrize(
-    ("usable", "blocks", "chunk", "answered"),
+    ("usable", "blocks", "chunk", "steps", "answered"),
     [
-        (0, 1000, CHUNK, "at once: nothing"),
-        (TOKENS // 128 - 1, 4000, CHUNK, "at once: a hit, loaded directly"),
-        (TOKENS // 128 - 1, 1000, CHUNK, "at once: a hit, fetched first"),
-        (None, 1000, CHUNK, "never in time"),
-        (None, 1000, TOKENS, "never in time, and the engine has it all: 64 blocks to push at once"),
+        (0, 1000, CHUNK, STEPS, "at once: nothing"),
+        (TOKENS // 128 - 1, 4000, CHUNK, STEPS, "at once: a hit, loaded directly"),
+        (TOKENS // 128 - 1, 1000, CHUNK, STEPS, "at once: a hit, fetched first"),
+        (None, 1000, CHUNK, STEPS, "never in time"),
+        (None, 1000, TOKENS, STEPS, "never in time, and the engine has it all: 64 blocks to push"),
+        (None, 1000, TOKENS, 0, "never in time, and it ends with most of its blocks to push"),
     ],
 )
 def test_calls_of_the_scheduler_half_take_little(
-    usable: int | None, blocks: int, chunk: int, answered: str
+    usable: int | None, blocks: int, chunk: int, steps: int, answered: str
 ) -> None:
     """A hub that answers after two seconds is one that does not answer: lookup_ms is 100."""
     rounds = []
@@ -144,7 +156,7 @@ def test_calls_of_the_scheduler_half_take_little(
     for _ in range(ROUNDS):
         clocked = Clocked(World(blocks=blocks))
         for number in range(REQUESTS):
-            life(clocked, number, usable, chunk=chunk)
+            life(clocked, number, usable, chunk=chunk, steps=steps)
         rounds.append(clocked)
         best = {name: min(took, best.get(name, took)) for name, took in clocked.p99().items()}
         if max(best.values()) < P99_S:
@@ -171,14 +183,18 @@ class Counted(Clocked):
             self.taken.setdefault(name, []).append(count)
 
 
-@pytest.mark.parametrize("hit", [False, True])
-def test_what_a_call_does_does_not_grow_with_the_blocks_that_it_names(hit: bool) -> None:
-    """8 blocks and 64, loaded, or pushed by as few steps as may be."""
+@pytest.mark.parametrize(
+    ("fewest", "hit", "steps"), [(8, False, STEPS), (8, True, STEPS), (STEP_BLOCKS + 1, False, 0)]
+)
+def test_what_a_call_does_does_not_grow_with_the_blocks_that_it_names(
+    fewest: int, hit: bool, steps: int
+) -> None:
+    """8 blocks and 64, loaded, or pushed by as few steps as may be, or left to the end."""
     done = []
-    for blocks in (8, 64):
+    for blocks in (fewest, 64):
         counted = Counted(World(blocks=4000))
         usable = blocks - 1 if hit else None
-        life(counted, 1, usable, tokens=128 * blocks, chunk=128 * blocks)
+        life(counted, 1, usable, tokens=128 * blocks, chunk=128 * blocks, steps=steps)
         done.append(counted.taken)
     few, many = done
     for name in ("on_new_request", "matched_tokens", "after_alloc", "build_meta", "finished"):

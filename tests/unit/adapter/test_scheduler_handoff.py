@@ -107,11 +107,23 @@ def test_an_abort_withdraws_what_was_not_computed(world: World) -> None:
     world.alloc(request)
     world.step(p=150)
     world.half.finished(request, whole=False)
-    world.hub.turn()
+    world.step()
     assert world.hub.withdrawn == [request.hashes(tail=True)[1:]]
     again = world.new(prefill("q", 300))
     world.hub.answer(1, live=3)
     assert world.match(again) == (None, False), "what others announced is waited for again"
+
+
+def test_an_engine_steps_once_more_to_take_back_what_it_announced(world: World) -> None:
+    request = world.new(prefill("p", 300), usable=0)
+    world.match(request)
+    world.alloc(request)
+    world.step()
+    world.half.finished(request, whole=False)
+    assert world.half.has_pending_work
+    world.step()
+    assert not world.half.has_pending_work
+    assert world.hub.announced == world.hub.withdrawn == [request.hashes(tail=True)]
 
 
 def test_a_save_that_a_rank_gives_up_is_withdrawn_at_once() -> None:
@@ -123,12 +135,12 @@ def test_a_save_that_a_rank_gives_up_is_withdrawn_at_once() -> None:
     (job,) = world.step(p=150).saves
     keys = [block.hash for block in job.blocks]
     world.half.ranks_reported(RankReport({job.job: 1}, lost=keys), set())
-    world.hub.turn()
+    world.step()
     assert world.hub.withdrawn == [keys], "while the other rank still pushes"
     request.num_computed_tokens = 150
     assert len(world.step(p=150).saves) == 1
     world.half.finished(request, whole=True)
-    world.hub.turn()
+    world.step()
     assert world.hub.withdrawn == [keys]
 
 
@@ -138,7 +150,7 @@ def test_a_request_that_computed_everything_withdraws_nothing(world: World) -> N
     world.alloc(request)
     world.step(p=300)
     world.half.finished(request, whole=True)
-    world.hub.turn()
+    world.step()
     assert world.hub.withdrawn == []
 
 

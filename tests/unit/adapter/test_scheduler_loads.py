@@ -370,6 +370,7 @@ def test_only_what_the_hub_lacks_is_announced(world: World) -> None:
     start_load(world, request)
     world.report(received={"a"})
     world.alloc(request)
+    world.step()
     assert world.hub.announced == [request.hashes()[3:]]
 
 

@@ -206,6 +206,7 @@ def test_does_not_wait_for_its_own_announcements(world: World) -> None:
     first = world.new(FakeRequest("a", 900), usable=0)
     world.match(first)
     world.alloc(first)
+    world.step()
     assert world.hub.announced == [first.hashes()]
     second = world.new(FakeRequest("b", 900))
     world.hub.answer(0, live=7)

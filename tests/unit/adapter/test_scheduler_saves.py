@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvserver_vllm.messages import BlockPages
 from kvserver_vllm.saves import JOB_BLOCKS_MAX, STEP_BLOCKS
 from tests.support.scheduler_world import BLOCK, ENGINE_BLOCK, FakeHub, FakeRequest, World
 
@@ -49,20 +50,130 @@ def test_a_step_names_so_many_blocks_of_a_request_and_the_next_ones_the_rest() -
     assert world.step(a=0).saves == []
 
 
-def test_what_a_request_leaves_when_it_ends_is_named_by_the_next_step() -> None:
-    world = World(blocks=400)
-    request = long_prompt(world)
-    table = world.tables["a"]
+def end(world: World, request: FakeRequest) -> list[int]:
+    """As vLLM does: it frees the blocks at once."""
+    table = world.tables[request.request_id]
     world.half.finished(request, whole=True, tables=[table])
     world.pool.free_blocks([world.pool.blocks[b] for b in reversed(table)])
-    assert world.half.has_pending_work
-    (job,) = world.step().saves
-    assert [block.hash for block in job.blocks] == request.hashes()[STEP_BLOCKS:]
-    assert [page for block in job.blocks for page in block.pages] == table[4 * STEP_BLOCKS :]
-    world.hub.turn()
+    return table
+
+
+def taken(world: World) -> int:
+    """Blocks of the pool that somebody holds."""
+    return world.blocks - 1 - int(world.pool.get_num_free_blocks())
+
+
+def test_what_a_request_leaves_when_it_ends_is_named_by_the_next_steps() -> None:
+    """A little by each. An idle engine keeps stepping for it, nothing of it is given away
+    meanwhile, and nothing of it stays taken."""
+    world = World(blocks=400)
+    request = long_prompt(world)
+    world.report(saved={1: 1})
+    table = end(world, request)
+    assert taken(world) == 4 * (STEP_BLOCKS + 5), "of what was named already nothing"
+    left, named = request.hashes()[STEP_BLOCKS:], list[BlockPages]()
+    while len(named) < len(left):
+        assert world.half.has_pending_work
+        (job,) = world.step().saves
+        assert len(job.blocks) <= STEP_BLOCKS
+        named += job.blocks
+        assert taken(world) == 4 * (STEP_BLOCKS + 5), "named or not, until they are pushed"
+    assert [block.hash for block in named] == left
+    assert [page for block in named for page in block.pages] == table[4 * STEP_BLOCKS :]
+    assert world.step().saves == []
     assert world.hub.withdrawn == []
-    world.report(saved={1: 1, 2: 1})
-    assert world.pool.get_num_free_blocks() == world.blocks - 1
+    world.report(saved={2: 1, 3: 1})
+    assert taken(world) == 0
+    assert not world.half.has_pending_work
+
+
+def test_what_has_been_named_and_pushed_comes_back_while_the_rest_waits() -> None:
+    world = World(blocks=400)
+    end(world, long_prompt(world))
+    (job,) = world.step().saves
+    world.report(saved={1: 1, job.job: 1})
+    assert taken(world) == 4 * 5
+
+
+@pytest.mark.parametrize("engine_block", [256, 96])
+def test_an_engine_block_of_several_hub_blocks_stays_until_its_last_one(engine_block: int) -> None:
+    world = World(blocks=400, options={"group_tokens": [engine_block]})
+    request = long_prompt(world)
+    table = world.tables["a"][: -(-request.num_prompt_tokens // engine_block)]
+    world.report(saved={1: 1})
+    spare = world.tables["a"][len(table) :]
+    world.tables["a"] = table
+    world.pool.free_blocks([world.pool.blocks[b] for b in reversed(spare)])
+    end(world, request)
+    jobs = [job for _ in range(2) for job in world.step().saves]
+    pages = {page // (engine_block // 32) for job in jobs for b in job.blocks for page in b.pages}
+    assert pages == set(table[STEP_BLOCKS * BLOCK // engine_block :])
+    assert taken(world) == len(pages)
+    world.report(saved={job.job: 1 for job in jobs})
+    assert taken(world) == 0
+
+
+def test_requests_that_go_on_are_named_before_those_that_ended() -> None:
+    """So many blocks in all, and whoever waits behind them is named in time."""
+    world = World(blocks=4000)
+    ended = long_prompt(world)
+    world.report(saved={1: 1})
+    end(world, ended)
+    going = world.new(FakeRequest("b", 4 * STEP_BLOCKS * BLOCK, seed=5), usable=0)
+    world.alloc(going)
+    for _ in range(3):
+        jobs = world.step(b=STEP_BLOCKS * BLOCK).saves
+        assert [b.request for job in jobs for b in job.blocks] == ["b"] * STEP_BLOCKS
+        going.num_computed_tokens += STEP_BLOCKS * BLOCK
+        world.now += 0.05
+    world.now += 0.25
+    first, late = world.step(b=STEP_BLOCKS * BLOCK).saves
+    assert [block.hash for block in late.blocks] == ended.hashes()[STEP_BLOCKS:]
+    assert [block.request for block in first.blocks] == ["b"] * STEP_BLOCKS
+
+
+def test_of_what_a_request_leaves_an_equal_push_is_not_made_twice() -> None:
+    world = World(blocks=4000)
+    request = long_prompt(world)
+    world.report(saved={1: 1})
+    equal = world.new(FakeRequest("b", request.num_prompt_tokens), usable=STEP_BLOCKS)
+    world.match(equal)
+    world.tables["b"] = world.tables["a"]
+    world.alloc(equal)
+    end(world, request)
+    (job,) = world.step(b=equal.num_prompt_tokens).saves
+    assert [block.request for block in job.blocks] == ["b"] * STEP_BLOCKS
+    equal.num_computed_tokens = equal.num_prompt_tokens
+    equal.all_token_ids.append(7)
+    jobs = [job, *world.step(b=0).saves, *world.step(b=0).saves, *world.step(b=0).saves]
+    named = [block.hash for job in jobs for block in job.blocks]
+    assert sorted(named) == sorted(request.hashes()[STEP_BLOCKS:])
+    world.report(saved={job.job: 1 for job in jobs})
+    assert taken(world) == 0
+    assert not world.half.has_pending_work
+
+
+def test_what_a_request_leaves_stays_announced_until_it_is_named() -> None:
+    world = World(blocks=4000)
+    request = long_prompt(world)
+    keys = request.hashes()
+    assert world.hub.announced == [keys]
+    end(world, request)
+    other = world.new(FakeRequest("b", request.num_prompt_tokens))
+    world.hub.answer(STEP_BLOCKS, live=len(keys))
+    assert world.match(other) == (STEP_BLOCKS * BLOCK, True), "it does not wait for its own"
+
+
+def test_a_request_that_was_preempted_when_it_ended_leaves_nothing() -> None:
+    """vLLM has freed its blocks."""
+    world = World(blocks=400)
+    request = long_prompt(world)
+    world.report(saved={1: 1})
+    world.pool.free_blocks([world.pool.blocks[b] for b in reversed(world.tables["a"])])
+    world.half.finished(request, whole=True, tables=[[]])
+    assert world.step().saves == []
+    assert world.hub.withdrawn == [request.hashes()[STEP_BLOCKS:]]
+    assert taken(world) == 0
     assert not world.half.has_pending_work
 
 
@@ -100,12 +211,13 @@ def test_what_a_request_leaves_is_dropped_where_others_have_left_too_much() -> N
 def test_what_a_request_leaves_is_let_go_of_with_the_namespace() -> None:
     world = World(blocks=400)
     request = long_prompt(world)
-    world.half.finished(request, whole=True, tables=[world.tables["a"]])
-    world.pool.free_blocks([world.pool.blocks[b] for b in reversed(world.tables["a"])])
+    end(world, request)
+    assert len(world.step().saves) == 1
     world.half.forget()
     assert world.step().saves == []
-    world.report(saved={1: 1})
-    assert world.pool.get_num_free_blocks() == world.blocks - 1
+    world.report(saved={1: 1, 2: 1})
+    assert taken(world) == 0
+    assert not world.half.has_pending_work
 
 
 def test_of_an_aborted_request_nothing_more_is_named() -> None:
@@ -113,7 +225,6 @@ def test_of_an_aborted_request_nothing_more_is_named() -> None:
     request = long_prompt(world)
     world.half.finished(request, whole=False, tables=[world.tables["a"]])
     assert world.step().saves == []
-    world.hub.turn()
     assert world.hub.withdrawn == [request.hashes()[STEP_BLOCKS:]]
 
 

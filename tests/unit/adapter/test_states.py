@@ -112,10 +112,10 @@ def test_a_prefill_leg_stops_before_the_last_token_and_saves_that_state(
     assert request.max_tokens == 1
     tables = tables_of(world, request)
     world.half.after_alloc(request, tables, 0)
-    world.hub.turn()
-    assert world.hub.announced == [names]
     first = min(BLOCK, length - 1)
     jobs = step(world, request, tables, first)
+    world.hub.turn()
+    assert world.hub.announced == [names]
     if length - 1 > first:
         jobs += step(world, request, tables, length - 1 - first)
     blocks = [block for job in jobs for block in job.blocks]
