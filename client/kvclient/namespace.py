@@ -110,6 +110,7 @@ class AsyncNamespace:
             tiers=np.frombuffer(reply.tiers, np.uint8),
             lease=reply.lease,
             lease_s=reply.lease_ms / 1000,
+            committed_cells=reply.committed_cells,
         )
 
     async def announce(

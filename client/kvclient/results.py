@@ -79,7 +79,8 @@ class Lookup:
     """`usable_blocks`: longest usable prefix, in blocks. `live_blocks`: the same if everything
     filling or announced becomes complete. `lease` (0 without `pin_s`) pins the usable prefix for
     `lease_s` seconds, for all ranks of the session; give it to `acquire`/`pull` as
-    `inherit_lease`, and back with `release`.
+    `inherit_lease`, and back with `release`. `committed_cells` of all the blocks grow while one of
+    them is being written.
     """
 
     usable_blocks: int
@@ -88,6 +89,7 @@ class Lookup:
     tiers: Bytes  # Tier
     lease: int = 0
     lease_s: float = 0.0
+    committed_cells: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)

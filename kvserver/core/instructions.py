@@ -23,6 +23,7 @@ class LookupResult:
     tiers: bytes  # N x u8 Tier, 0 where none
     lease: int = 0
     lease_seconds: float = 0.0
+    committed_cells: int = 0  # of all the blocks, also of those that are still being written
 
 
 @dataclass(frozen=True, slots=True)

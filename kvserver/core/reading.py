@@ -68,7 +68,13 @@ class Reading:
             chosen = np.arange(start, usable)[held[start:usable]]
             lease = self._pin(session, rows[chosen].tolist(), life)
         result = LookupResult(
-            usable, live, states.tobytes(), _FASTEST[here].tobytes(), lease, life if lease else 0.0
+            usable,
+            live,
+            states.tobytes(),
+            _FASTEST[here].tobytes(),
+            lease,
+            life if lease else 0.0,
+            self._committed(namespace, rows, complete),
         )
         books.answer(event.ticket, result)
 
@@ -83,6 +89,13 @@ class Reading:
         for at in np.flatnonzero(blocks.state_view[rows] == FILLING).tolist():
             covered[at] = not mask & ~blocks.fillings[int(rows[at])].committed
         return covered
+
+    def _committed(self, namespace: Namespace, rows: Rows, complete: Mask) -> int:
+        """Cells that are there, of complete blocks and of those that are still being written."""
+        blocks = self._books.blocks
+        filling = rows[(blocks.state_view[rows] == FILLING) & ~complete].tolist()
+        partly = sum(blocks.fillings[row].committed.bit_count() for row in filling)
+        return int(complete.sum()) * namespace.grid.cells + partly
 
     def rows(self, namespace: Namespace, hashes: list[bytes]) -> Rows:
         """The blocks' rows; 0, which is ABSENT, where there is none."""

@@ -151,6 +151,7 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
             tiers=result.tiers,
             lease=result.lease,
             lease_ms=convert.milliseconds(result.lease_seconds),
+            committed_cells=result.committed_cells,
         )
 
     @unary

@@ -72,11 +72,15 @@ class FakeHub:
         for _ in range(3):
             self.loop.run_until_complete(asyncio.sleep(0))
 
-    def answer(self, usable: int, live: int | None = None, at: int = -1) -> None:
-        """Answer the latest lookup (or number `at`)."""
+    def answer(
+        self, usable: int, live: int | None = None, at: int = -1, committed: int | None = None
+    ) -> None:
+        """Answer the latest lookup (or number `at`). `committed` cells; None: a usable block is
+        one."""
         self.turn()
         live = usable if live is None else live
-        self.lookups[at][2].set_result(Answer(usable, live, (2,) * usable))
+        committed = usable if committed is None else committed
+        self.lookups[at][2].set_result(Answer(usable, live, (2,) * usable, committed))
         self.turn()
 
     def fail(self) -> None:

@@ -38,12 +38,8 @@ class Answer:
     usable: int
     live: int
     tiers: tuple[int, ...] = ()
-    complete: int = 0
-    """Blocks that are there of the first section; with a recurrent state none may be usable yet."""
-
-    @property
-    def progress(self) -> int:
-        return max(self.usable, self.complete)
+    committed: int = 0
+    """Cells that are there, of all the blocks and sections: grows while a writer writes."""
 
 
 class Hub(Protocol):
@@ -162,9 +158,8 @@ class Common:
 
     @property
     def writer_stall_s(self) -> float:
-        """Seconds that a request waits for what other engines write while nothing comes. What comes
-        may be layers of a whole chunk at a time: an engine that takes longer for them needs a
-        longer `handoff_wait_ms`."""
+        """Seconds that a request waits for what other engines write while they commit nothing. An
+        engine that takes longer for a layer of a chunk needs a longer `handoff_wait_ms`."""
         return stall_s(self.settings.handoff_wait_ms)
 
     @property

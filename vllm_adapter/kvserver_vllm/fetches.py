@@ -7,8 +7,9 @@ rest is near, vLLM allocates, and a load takes what the fetch has and the last c
 
 Rules:
   1. A request has one fetch, from the order until its load goes out or it is dropped.
-  2. A fetch that makes no progress, or takes longer than the request may wait, is cut: what is
-     whole by then is loaded, the rest is computed.
+  2. A fetch without progress, or that takes longer than the request may wait, is cut: what is whole
+     by then is loaded, the rest is computed. Progress is what arrives; where nothing does for a
+     while, the hub is asked, for its writers commit cells before a group of layers is whole.
   3. A fetch that the ranks' staging has no room for is refused; the request waits, and is loaded
      from the hub when the blocks are complete.
 """
@@ -21,6 +22,9 @@ from kvserver_vllm.common import Common, Tracked
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.messages import FetchJob, FetchProgress
 
+ASKS = 10
+"""So often a fetch asks the hub before it is cut, where nothing comes."""
+
 
 @dataclass(slots=True)
 class Fetch:
@@ -30,8 +34,14 @@ class Fetch:
     stop: int
     until: float
     progress_at: float
+    committed: int
+    """Cells at the hub, as far as that was counted as progress."""
     ranks: dict[int, FetchProgress] = field(default_factory=dict)
     cells: int = 0
+    asked_at: float = 0.0
+    asking: bool = False
+    heard: int = 0
+    """Cells at the hub, by its last word. The hub's thread writes this, and ends `asking`."""
 
 
 class Fetches:
@@ -51,7 +61,8 @@ class Fetches:
         block, keys = self._common.block, tracked.keys(start, stop)
         tokens = [block] * (stop - start)
         tokens[-1] = self._common.covered(tracked, stop) - (stop - 1) * block
-        self._active[request] = Fetch(start, stop, now + wait_s, now)
+        committed = tracked.answer.committed if tracked.answer is not None else 0
+        self._active[request] = Fetch(start, stop, now + wait_s, now, committed)
         self._loads.claim(request, keys)
         self._outgoing.append(FetchJob(request, keys, tuple(tokens), wait_s))
         self._common.count("fetches")
@@ -89,12 +100,32 @@ class Fetches:
             return None
         if heard and all(progress.near for progress in reports):
             return fetch.stop
+        if fetch.heard > fetch.committed:
+            fetch.committed, fetch.progress_at = fetch.heard, now
         whole = fetch.start + (min(progress.whole for progress in reports) if heard else 0)
         ended = heard and all(progress.ended for progress in reports)
         stalled = now - fetch.progress_at >= self._common.writer_stall_s
         if ended or now >= fetch.until or stalled:
             return whole
+        self._ask(tracked, fetch, now)
         return None
+
+    def _ask(self, tracked: Tracked, fetch: Fetch, now: float) -> None:
+        """Nothing has come for a while: hear whether somebody still writes."""
+        quiet = now - max(fetch.progress_at, fetch.asked_at)
+        if quiet >= self._common.writer_stall_s / ASKS and not fetch.asking:
+            fetch.asked_at, fetch.asking = now, True
+            self._common.hub.submit(self._hear(tracked, fetch))
+
+    async def _hear(self, tracked: Tracked, fetch: Fetch) -> None:
+        """Runs on the hub's thread."""
+        common, keys = self._common, tracked.keys(0, tracked.asked_blocks)
+        try:
+            answer = await common.hub.lookup(common.sections, keys, 0.0, tail=tracked.tail)
+            if answer is not None:
+                fetch.heard = answer.committed
+        finally:
+            fetch.asking = False
 
     def landing(self, request: str) -> bool:
         """Its load goes out: whether it takes from a fetch."""

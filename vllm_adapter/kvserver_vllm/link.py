@@ -299,8 +299,8 @@ class HubLink:
             for namespace, need, one in zip(namespaces, needs, found, strict=True):
                 if one.usable_blocks != usable and need.kind != "every":
                     await namespace.lookup(asked[:usable], pin_s=pin_s, need=[need])
-        complete = int((found[0].states == BlockState.COMPLETE).sum())
-        return Answer(usable, live, tuple(int(tier) for tier in found[0].tiers), complete)
+        committed = sum(one.committed_cells for one in found)
+        return Answer(usable, live, tuple(int(tier) for tier in found[0].tiers), committed)
 
     async def announce(
         self, sections: Sequence[Section], hashes: Sequence[bytes], ttl_s: float

@@ -285,20 +285,22 @@ class LookupRequest(_message.Message):
     def __init__(self, session: _Optional[int] = ..., namespace: _Optional[int] = ..., hashes: _Optional[bytes] = ..., need: _Optional[_Iterable[_Union[LayerGroupNeed, _Mapping]]] = ..., pin_ms: _Optional[int] = ...) -> None: ...
 
 class LookupReply(_message.Message):
-    __slots__ = ("usable_blocks", "live_blocks", "states", "tiers", "lease", "lease_ms")
+    __slots__ = ("usable_blocks", "live_blocks", "states", "tiers", "lease", "lease_ms", "committed_cells")
     USABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LIVE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_CELLS_FIELD_NUMBER: _ClassVar[int]
     usable_blocks: int
     live_blocks: int
     states: bytes
     tiers: bytes
     lease: int
     lease_ms: int
-    def __init__(self, usable_blocks: _Optional[int] = ..., live_blocks: _Optional[int] = ..., states: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., lease: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    committed_cells: int
+    def __init__(self, usable_blocks: _Optional[int] = ..., live_blocks: _Optional[int] = ..., states: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., lease: _Optional[int] = ..., lease_ms: _Optional[int] = ..., committed_cells: _Optional[int] = ...) -> None: ...
 
 class AnnounceRequest(_message.Message):
     __slots__ = ("session", "namespace", "hashes", "ttl_ms", "withdraw")

@@ -68,6 +68,45 @@ def test_without_progress_what_is_whole_is_loaded(world: World) -> None:
     assert (load.fetched, len(load.blocks)) == (True, 3)
 
 
+def test_a_slow_writer_is_waited_for_while_the_hub_gets_anything_of_it(world: World) -> None:
+    """A layer of a chunk takes it most of a second, and what arrives here are several at a time."""
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(whole=2, cells=8)})
+    began, committed = world.now, 10
+    while world.now < began + 6.0:
+        world.now += 0.05
+        if round(20 * (world.now - began)) % 16 == 0:
+            committed += 1
+        assert world.match(request) == (None, False), world.now - began
+        world.hub.turn()
+        if not world.hub.lookups[-1][2].done():
+            world.hub.answer(2, live=8, committed=committed)
+    assert len(world.hub.lookups) < 70, "it asks now and then"
+    stopped = world.now
+    while world.match(request) == (None, False):
+        world.hub.turn()
+        if not world.hub.lookups[-1][2].done():
+            world.hub.answer(2, live=8, committed=committed)
+        world.now += 0.05
+    assert world.now - stopped < 1.2 * STALL_S
+    assert world.match(request) == (2 * BLOCK, True)
+
+
+def test_a_hub_that_does_not_say_leaves_a_fetch_to_what_arrives(world: World) -> None:
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(whole=2, cells=8)})
+    for _ in range(9):
+        world.now += STALL_S / 10
+        assert world.match(request) == (None, False)
+        world.hub.turn()
+    assert len(world.hub.lookups) == 2, "one question at a time"
+    world.hub.fail()
+    world.now += STALL_S / 5
+    assert world.match(request) == (2 * BLOCK, True)
+
+
 def test_a_writer_that_is_gone_ends_it_at_once(world: World) -> None:
     request = streaming(world)
     world.step()

@@ -42,6 +42,25 @@ def to_disk(world: World, keys: list[bytes]) -> None:
 # ---- lookup
 
 
+def test_a_lookup_tells_how_many_cells_are_there() -> None:
+    """Of complete blocks and of those that still fill: so a reader sees its writer's progress."""
+    world = make_world()
+    keys = chain("a", 3)
+    world.put(1, keys[:1])
+    world.ask(ev.Announce, session=1, namespace=1, hashes=keys, ttl=5.0)
+    seen = [world.lookup(1, keys).committed_cells]
+    reserved = world.reserve(1, keys, ttl=3.0)
+    for layer in (0, 1):
+        region = Region(layer, layer + 1, 0, 2)
+        cells = world.grid_of(1).cell_indices(region)
+        world.write(reserved.places[1], keys[1], cells)
+        world.ask(
+            ev.Commit, session=1, reservation=reserved.reservation, indices=[1], region=region
+        )  # fmt: skip
+        seen.append(world.lookup(1, keys).committed_cells)
+    assert seen == [4, 6, 8]
+
+
 def test_a_need_is_judged_on_its_region_and_its_pin_holds_the_cells() -> None:
     """A block that is still filling is usable for a group of layers whose cells are all there."""
     world = make_world()
