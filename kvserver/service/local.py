@@ -12,7 +12,10 @@ Rules:
     wait. Calls that come together are tasks from the beginning: so a peer holds the loop up for one
     call, and a call and its cancellation that arrive together cancel. Handlers must not ask
     for the current task (asyncio.timeout does): before they first wait there is none.
- 4. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
+ 4. Who cancels a call that was answered already has not seen the answer, and nobody writes or reads
+    under what it granted: the reservation is aborted, the lease given back, by the calls that do
+    that for a client. Of so many answers that is known, of older ones it expires.
+ 5. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
     that run, and OUT_BYTES_MAX of answers that it does not read. While answers wait, nothing more
     is read; a peer that takes none for `stall_s` is hung up on, and so is one that sends garbage.
 """
@@ -34,14 +37,20 @@ from google.protobuf.message import DecodeError
 
 from kvproto import calls
 from kvproto.calls import FrameError, Method, Refusal
+from kvproto.v1 import kvserver_pb2 as pb
+from kvserver.service import convert
 from kvserver.service.convert import Status
 
 CONNECTIONS_MAX = 1024
 OUT_BYTES_HIGH = 1 << 20  # of answers that wait: from here on nothing is read
 OUT_BYTES_MAX = 2 * calls.REPLY_BODY_BYTES_MAX
+ANSWERS_MAX = 256  # of a connection, that are remembered for rule 4
 STALL_S = 30.0
 _TOO_MANY = grpc.StatusCode.RESOURCE_EXHAUSTED
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+Undo = tuple[Method, Any]
 
 
 class _Refused(Exception):
@@ -139,6 +148,7 @@ class _Connection(asyncio.Protocol):
         self._owner = owner
         self._requests = calls.RequestSplitter()
         self._running: dict[int, asyncio.Task[None]] = {}
+        self._answered: dict[int, Undo] = {}  # the latest, by call
         self._loop = asyncio.get_running_loop()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -207,6 +217,10 @@ class _Connection(asyncio.Protocol):
         if request.method is Method.CANCEL:
             if number in self._running:
                 self._running[number].cancel()
+            elif number in self._answered and len(self._running) < calls.CALLS_MAX:
+                task = self._loop.create_task(self._take_back(*self._answered.pop(number)))
+                self._running[number] = task
+                task.add_done_callback(functools.partial(self._ended, number, None))
             return
         if number in self._running:
             raise FrameError(f"call {number} was begun twice")
@@ -262,9 +276,21 @@ class _Connection(asyncio.Protocol):
                 await self._stream(request.call, handler(message, _CONTEXT))
             else:
                 reply = await handler(message, _CONTEXT)
+                self._remember(request, message, reply)
                 self._send(calls.encode_reply(request.call, reply.SerializeToString(), last=True))
         except _Refused as refused:
             self._refuse(request.call, refused.status)
+
+    def _remember(self, request: calls.Request, message: Any, reply: Any) -> None:
+        undo = _undo(request.method, message, reply)
+        if undo is not None:
+            self._answered[request.call] = undo
+            if len(self._answered) > ANSWERS_MAX:
+                del self._answered[next(iter(self._answered))]
+
+    async def _take_back(self, method: Method, message: Any) -> None:
+        with contextlib.suppress(_Refused):  # it has ended meanwhile
+            await self._owner.handlers[method](message, _CONTEXT)
 
     async def _stream(self, number: int, replies: AsyncGenerator[Any, None]) -> None:
         async with contextlib.aclosing(replies):
@@ -287,6 +313,18 @@ class _Connection(asyncio.Protocol):
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > OUT_BYTES_MAX:
             self.hang_up("it does not read its answers")
+
+
+def _undo(method: Method, message: Any, reply: Any) -> Undo | None:
+    """The call that takes back what an answer granted."""
+    if method is Method.RESERVE and reply.reservation:
+        ids = {"session": message.session, "client": message.client}
+        abort = pb.AbortRequest(**ids, reservation=reply.reservation, drained=True)
+        return Method.ABORT, abort
+    if method is Method.LOOKUP and reply.lease:
+        leases = convert.pack([reply.lease], "<u8")
+        return Method.RELEASE, pb.ReleaseRequest(session=message.session, leases=leases)
+    return None
 
 
 def rest_of(work: Coroutine[Any, Any, None], awaited: object) -> Coroutine[Any, Any, None]:

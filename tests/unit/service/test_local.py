@@ -73,8 +73,8 @@ class Hub:
         }
         return pb.AcquireRequest(**{**fields, **changes})
 
-    def lookup(self) -> pb.LookupRequest:
-        return pb.LookupRequest(**self.ids, hashes=b"".join(self.keys))
+    def lookup(self, **changes: Any) -> pb.LookupRequest:
+        return pb.LookupRequest(**self.ids, hashes=b"".join(self.keys), **changes)
 
     async def publish(self, peer: Peer) -> None:
         granted = await peer.call(Method.RESERVE, self.reserve())
@@ -389,6 +389,54 @@ async def test_a_reserve_that_nobody_hears_of_is_aborted(hub: Hub) -> None:
         )
         await holder.call(Method.ABORT, abort)
         await eventually(lambda: hub.held() == (0, 0, 0), "what it was given went back")
+
+
+async def test_a_reservation_whose_answer_came_too_late_is_aborted(hub: Hub) -> None:
+    """Its client gave up while the answer was on its way: the next one need not wait."""
+    async with hub.peer() as peer:
+        await peer.begin(Method.RESERVE, hub.reserve(), call=7)
+        assert (await peer.reply()).call == 7
+        assert hub.held() == (1, 0, 0)
+        await peer.send(calls.encode_cancel(7))
+        await eventually(lambda: hub.held() == (0, 0, 0), "aborted")
+        granted = await peer.call(Method.RESERVE, hub.reserve())
+        assert set(granted.verdicts) == {pb.RESERVE_VERDICT_WRITE}
+        assert all(tier.quarantined == 0 for tier in hub.server.node.driver.stats().tiers.values())
+
+
+async def test_the_lease_of_a_lookup_whose_answer_came_too_late_goes_back(hub: Hub) -> None:
+    async with hub.peer() as peer:
+        await hub.publish(peer)
+        await peer.begin(Method.LOOKUP, hub.lookup(pin_ms=9000), call=7)
+        await peer.reply()
+        assert hub.held() == (0, 1, 0)
+        await peer.send(calls.encode_cancel(7))
+        await eventually(lambda: hub.held() == (0, 0, 0), "given back")
+
+
+async def test_what_has_ended_already_is_not_taken_back(hub: Hub) -> None:
+    async with hub.peer() as peer:
+        await peer.begin(Method.RESERVE, hub.reserve(), call=7)
+        granted = pb.ReserveReply.FromString((await peer.reply()).body)
+        abort = pb.AbortRequest(session=hub.hello.session, client=hub.hello.client, drained=True)
+        abort.reservation = granted.reservation
+        await peer.call(Method.ABORT, abort)
+        await peer.send(calls.encode_cancel(7))
+        await peer.call(Method.LOOKUP, hub.lookup())
+        assert hub.held() == (0, 0, 0)
+
+
+async def test_answers_that_may_be_taken_back_are_bounded(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvserver.service.local.ANSWERS_MAX", 2)
+    async with hub.peer() as peer:
+        for call in (5, 6, 7):
+            one = hub.reserve(hashes=BLOCKS.chain(call, 1)[0], parents=bytes(32))
+            await peer.begin(Method.RESERVE, one, call=call)
+            await peer.reply()
+        await peer.send(b"".join(map(calls.encode_cancel, (5, 6, 7))))
+        await eventually(lambda: hub.held() == (1, 0, 0), "the two latest are aborted")
 
 
 # ---- bounds --------------------------------------------------------------------------------------
