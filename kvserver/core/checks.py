@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kvproto.prefix import HASH_BYTES, ROOT
 from kvserver.core.blocks import BlockTable
-from kvserver.core.books import Namespace
+from kvserver.core.books import HOST, Books, Namespace
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.core.events import Reserve
+from kvserver.core.events import Commit, Reserve
+from kvserver.core.holds import Reservation, Written
 
 
 def invalid(name: str, message: str, limit: int | str) -> CoreError:
@@ -33,3 +34,27 @@ def check_reserve(event: Reserve, namespace: Namespace, blocks: BlockTable) -> N
         row = index.get(key, 0)
         if row and blocks.tokens[row] not in (0, tokens):
             raise invalid("tokens", "the block holds another number", blocks.tokens[row])
+
+
+def check_commit(event: Commit, reservation: Reservation, mask: int, books: Books) -> None:
+    """CoreError INVALID unless every block that the Commit names may have these cells committed."""
+    for at in event.indices:
+        filling = reservation.blocks.get(at)
+        if filling is None:
+            if at not in reservation.done:
+                raise invalid("indices", f"position {at} was not granted", reservation.count)
+            written = reservation.done[at]
+            if written is not None and stands(written, books):
+                filling = books.blocks.fillings.get(written.row)
+                if filling is not None and mask & ~filling.committed:
+                    raise invalid("region", "cells that nobody has committed", "")
+        elif not filling.gone:
+            mine = mask & filling.parts[reservation.ident]
+            if mine != mask and (mine or mask & ~filling.committed):
+                raise invalid("region", "cells that the reservation does not hold", "")
+
+
+def stands(written: Written, books: Books) -> bool:
+    """The block still has the slot that the writer filled, and nobody had it in between."""
+    found = books.blocks.slot[HOST][written.row] == written.slot
+    return found and books.host.place(written.slot) == written.place

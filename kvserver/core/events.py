@@ -364,6 +364,11 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Continue:
+    """The answer to Unfinished: others had their turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stalled:
     """The server stood still for `duration` seconds: every expiry shifts by it."""
 
@@ -429,6 +434,6 @@ Event = (
     OpenSession | JoinSession | Heartbeat | CloseClient | CloseSession | OpenNamespace | Lookup
     | Announce | Reserve | Commit | Abort | Fence | Acquire | CancelAcquire | Release
     | ReportCorrupt | Evict | DropNamespace | Drain | ClientDead | ClientDrained | JobDone
-    | TierGrew | TierDown | TierUp | Tick | Stalled | Watch
+    | TierGrew | TierDown | TierUp | Tick | Continue | Stalled | Watch
     | RestoreNamespace | RestoreBlocks | RestoreQuarantined | RestoreDone
 )  # fmt: skip

@@ -54,6 +54,7 @@ class Hub:
     def __init__(self, config: HubConfig) -> None:
         self.config = config
         self._stood_still = 0.0
+        self._continuing = False  # a Continue is asked for, and has not come
         books = self._books = Books(config)
         self._holds = Holds(books)
         self._space = Space(books)
@@ -97,6 +98,7 @@ class Hub:
             ev.TierDown: self._admin.tier_down,
             ev.TierUp: self._admin.tier_up,
             ev.Tick: self._nothing,
+            ev.Continue: self._continue,
             ev.Stalled: self._nothing,
             ev.Watch: self._residences.watch,
             ev.RestoreNamespace: self._recovery.namespace,
@@ -131,9 +133,11 @@ class Hub:
         except CoreError as error:
             self._refuse(event, error)
         except FieldError as error:
-            refusal = CoreError(ErrorKind.INVALID, str(error), field=error.field, limit=error.limit)
-            self._refuse(event, refusal)
+            self._refuse(event, _invalid(error))
         self._carry_on()
+        if self._writing.unfinished and not self._continuing:
+            self._continuing = True
+            books.out.append(ins.Unfinished())
         out, books.out = books.out, []
         return out
 
@@ -212,6 +216,13 @@ class Hub:
     def suspects(self) -> frozenset[int]:
         """Clients whose death would lift a quarantine."""
         return self._books.quarantine.clients()
+
+    def check_commit(self, event: ev.Commit) -> None:
+        """CoreError when this Commit would be refused now, for whatever is wrong with it."""
+        try:
+            self._writing.check_commit(event)
+        except FieldError as error:
+            raise _invalid(error) from error
 
     def may_write(self, reservation: int, session: int, client: int) -> bool:
         """Whether this client holds that reservation now."""
@@ -344,6 +355,10 @@ class Hub:
     def _client_drained(self, event: ev.ClientDrained) -> None:
         self._sessions.client_drained(event.client)
 
+    def _continue(self, event: ev.Continue) -> None:
+        self._continuing = False
+        self._writing.go_on()
+
     def _nothing(self, event: ev.Event) -> None:
         """Time has passed; what was due has expired already."""
 
@@ -359,3 +374,7 @@ class Hub:
 
     def _wake_stream(self, ticket: int) -> None:
         self._books.ready[ticket] = None
+
+
+def _invalid(error: FieldError) -> CoreError:
+    return CoreError(ErrorKind.INVALID, str(error), field=error.field, limit=error.limit)

@@ -214,7 +214,12 @@ class TiersUp:
     tiers: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A request needs more turns. Hand in one Continue, after what else waits to be handed in."""
+
+
 Instruction = (
     Answer | Refusal | Granted | EntryReserved | EntryInvalid | CellsCommitted | CellsPresent
-    | Copy | Verify | Moved | MovedTooMuch | TiersUp
+    | Copy | Verify | Moved | MovedTooMuch | TiersUp | Unfinished
 )  # fmt: skip

@@ -52,6 +52,7 @@ class HubConfig:
     leases_per_stream_max: int = 64
     streams_max: int = 4096
     reserve_waits_max: int = 4096  # Reserve calls that wait for space
+    reserve_turn: int = 8  # slots that one takes in one event; each may evict a block
     reports_max: int = 1024  # ReportCorrupt calls under verification
     moved_max: int = 65_536  # blocks of one event that watchers are told of one by one
     history_max: int = 4096  # remembered transitions, for the story of an InvariantError

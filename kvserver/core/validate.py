@@ -49,6 +49,9 @@ def validate(
     waiting = set(space.waiting())
     known = set(writing.pending) | {t for t, s in streams.open.items() if s.starving}
     _check(wrong, waiting <= known, "someone unknown waits for a slot")
+    turns = set(writing.unfinished)
+    _check(wrong, turns <= set(writing.pending), "a Reserve goes on that nobody waits for")
+    _check(wrong, not turns & waiting, "a Reserve goes on while it waits for a slot")
     if wrong:
         raise InvariantError("\n".join(wrong[:20]))
 

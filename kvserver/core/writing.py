@@ -7,6 +7,8 @@ Rule 2: a Commit is applied to all its blocks or, when it is wrong, to none.
 Rule 3: who waits for space holds what it has got so far, but from its first grant on for
         `reserve_gather` only: a call that asks for more than there is must not wait for itself,
         nor two of them for each other. Its expiry starts with its Answer.
+Rule 4: a Reserve takes at most `reserve_turn` slots in one event, and goes on with a Continue: each
+        may evict a block, and the loop has others to serve.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 
 from kvserver.core.blocks import COMPLETE, Action, Filling
 from kvserver.core.books import HOST, Books, Namespace
-from kvserver.core.checks import check_reserve, invalid
+from kvserver.core.checks import check_commit, check_reserve, stands
 from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import Commit, CommitVerdict, Place, Reserve, ReserveVerdict
 from kvserver.core.holds import Holds, Reservation, Written
@@ -73,6 +75,7 @@ class Writing:
         self._spills = spills
         self.pending: dict[int, PendingReserve] = {}
         self._lag_waiting: dict[int, PendingReserve] = {}
+        self.unfinished: dict[int, PendingReserve] = {}  # go on with a Continue, the next first
         books.before_leave.append(self._forget_filling)
 
     # ---- reserve
@@ -107,10 +110,15 @@ class Writing:
         self.advance(pending)
 
     def advance(self, pending: PendingReserve) -> None:
-        """Go on with a Reserve as far as there is space; answer it when it has come to its end."""
+        """Go on with a Reserve as far as there is space, for one turn; answer it when it has come
+        to its end."""
         event, books = pending.event, self._books
+        taken = 0
         while pending.next < len(event.hashes):
             pending.wants = 0
+            if taken == books.config.reserve_turn and pending.slots_left == _UNLIMITED:
+                self.unfinished[event.ticket] = pending
+                return
             verdict = self._try_block(pending)
             if verdict is None:
                 if books.now < pending.deadline:
@@ -121,6 +129,7 @@ class Writing:
                 books.counters["reserve_no_space"] += 1
             pending.verdicts.append(verdict)
             if verdict is WRITE:
+                taken += 1
                 gathered = books.now + books.config.reserve_gather
                 pending.deadline = min(pending.deadline, gathered)
             else:
@@ -128,6 +137,11 @@ class Writing:
             pending.next += 1
         pending.wants = 0
         self._finish(pending)
+
+    def go_on(self) -> None:
+        """A turn for the Reserve that has waited longest for one."""
+        if self.unfinished:
+            self.advance(self.unfinished.pop(next(iter(self.unfinished))))
 
     def _enqueue(self, pending: PendingReserve) -> None:
         self._books.timers.set(Kind.RESERVE_WAIT, pending.event.ticket, pending.deadline)
@@ -264,6 +278,7 @@ class Writing:
         self._holds.sessions[pending.event.session].requests.discard(ticket)
         self._books.timers.cancel(Kind.RESERVE_WAIT, ticket)
         self._lag_waiting.pop(ticket, None)
+        self.unfinished.pop(ticket, None)
         self._space.leave(ticket)
 
     def give_up_waiting(self, ticket: int) -> None:
@@ -294,19 +309,12 @@ class Writing:
     # ---- commit
 
     def commit(self, event: Commit) -> None:
-        self._holds.session(event.session)
-        reservation = self._holds.reservations.get(event.reservation)
-        if reservation is None or reservation.session != event.session or reservation.pending:
-            if self._holds.expired.get(event.reservation) != event.session:
-                raise CoreError(ErrorKind.NOT_FOUND, "no such reservation", field="reservation")
+        reservation, mask = self._committing(event)
+        if reservation is None:
             gone = [CommitVerdict.GONE] * len(event.indices)
             self._books.answer(event.ticket, CommitResult(gone, 0))
             return
-        namespace = self._books.namespaces.get(reservation.namespace)
-        mask = -1  # of a dropped namespace: every block is gone, whatever its cells were
-        if namespace is not None:
-            mask = namespace.mask(namespace.grid.check(event.region))
-        self._check_commit(event, reservation, mask)
+        check_commit(event, reservation, mask, self._books)
         self._books.stamp += 1
         verdicts, completed, durable = [], 0, set()
         for position, at in enumerate(event.indices):
@@ -338,21 +346,24 @@ class Writing:
 
         self._spills.when_durable(durable, answer)
 
-    def _check_commit(self, event: Commit, reservation: Reservation, mask: int) -> None:
-        for at in event.indices:
-            filling = reservation.blocks.get(at)
-            if filling is None:
-                if at not in reservation.done:
-                    raise invalid("indices", f"position {at} was not granted", reservation.count)
-                written = reservation.done[at]
-                if written is not None and self._stands(written):
-                    filling = self._books.blocks.fillings.get(written.row)
-                    if filling is not None and mask & ~filling.committed:
-                        raise invalid("region", "cells that nobody has committed", "")
-            elif not filling.gone:
-                mine = mask & filling.parts[reservation.ident]
-                if mine != mask and (mine or mask & ~filling.committed):
-                    raise invalid("region", "cells that the reservation does not hold", "")
+    def check_commit(self, event: Commit) -> None:
+        """CoreError when a Commit is wrong, as it stands now."""
+        reservation, mask = self._committing(event)
+        if reservation is not None:
+            check_commit(event, reservation, mask, self._books)
+
+    def _committing(self, event: Commit) -> tuple[Reservation | None, int]:
+        """The reservation, None of one that expired; and which cells are meant."""
+        self._holds.session(event.session)
+        reservation = self._holds.reservations.get(event.reservation)
+        if reservation is None or reservation.session != event.session or reservation.pending:
+            if self._holds.expired.get(event.reservation) != event.session:
+                raise CoreError(ErrorKind.NOT_FOUND, "no such reservation", field="reservation")
+            return None, 0
+        namespace = self._books.namespaces.get(reservation.namespace)
+        if namespace is None:  # dropped: every block is gone, whatever its cells were
+            return reservation, -1
+        return reservation, namespace.mask(namespace.grid.check(event.region))
 
     def _commit_gone(self, reservation: Reservation, at: int, filling: Filling, mask: int) -> None:
         """The writer has finished with these cells of a slot whose block has left."""
@@ -368,15 +379,9 @@ class Writing:
         """The writer had come to the end of this position before."""
         if written is None:
             return CommitVerdict.GONE
-        if self._stands(written):
+        if stands(written, self._books):
             self._present(event, position, written.row, written.slot)
         return CommitVerdict.OK  # the first commit stays
-
-    def _stands(self, written: Written) -> bool:
-        """The block still has the slot that the writer filled, and nobody had it in between."""
-        books = self._books
-        found = books.blocks.slot[HOST][written.row] == written.slot
-        return found and books.host.place(written.slot) == written.place
 
     def _present(self, event: Commit, position: int, row: int, slot: int) -> None:
         books = self._books

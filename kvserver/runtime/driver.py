@@ -9,6 +9,8 @@ reservation that nobody heard of is aborted.
 Rule 4: an exception that comes out of the hub, or out of carrying out an instruction, leaves books
 that nobody may trust: `fatal` is told, which ends the process. The files are safe at any time, and
 the next start verifies what it finds.
+Rule 5: no Reserve or Commit holds the loop up for long: a Reserve of many blocks goes on in further
+turns, a Commit is handed over in parts of COMMIT_TURN blocks. In between the loop serves others.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.events import (
     Abort,
     Acquire,
@@ -32,6 +36,7 @@ from kvserver.core.events import (
     ClientDrained,
     Commit,
     CommitVerdict,
+    Continue,
     Event,
     Place,
     Reserve,
@@ -56,6 +61,7 @@ from kvserver.core.instructions import (
     Refusal,
     ReserveResult,
     TiersUp,
+    Unfinished,
     Verify,
 )
 from kvserver.core.limits import HubConfig
@@ -67,8 +73,13 @@ from kvserver.tiers.host import HostArena
 TICK_S = 0.05
 STALL_S = 1.0
 SUSPECTS_S = 1.0
+COMMIT_TURN = 16  # blocks; what each costs is in docs/performance.md
 Result = TypeVar("Result")
 Checksums = npt.NDArray[np.uint64]
+
+
+def _fine(indices: list[int]) -> None:
+    """What has nothing against a Commit."""
 
 
 class AcquireStep(NamedTuple):
@@ -185,11 +196,42 @@ class Driver:
         assert isinstance(result, kind), (event, result)
         return result
 
-    async def commit(self, event: Commit, checksums: Checksums) -> CommitResult:
-        """A Commit with its checksums, shape [len(indices), cells of the region].
+    async def commit(
+        self, event: Commit, checksums: Checksums, *, check: Callable[[list[int]], None] = _fine
+    ) -> CommitResult:
+        """A Commit with its checksums, shape [len(indices), cells of the region]. `check(indices)`
+        is asked right before each part is handed over, and may refuse it.
 
-        MISMATCH where cells had been committed before with other checksums; the first stay.
+        MISMATCH where cells had been committed before with other checksums; the first stay. GONE
+        where the reservation ended before their part's turn.
         """
+        count = len(event.indices)
+        check(event.indices)
+        if count <= COMMIT_TURN:
+            return await self._commit(event, checksums)
+        self.hub.check_commit(event)  # when it is wrong, none of it is applied
+        parts: list[asyncio.Task[CommitResult]] = []
+        for start in range(0, count, COMMIT_TURN):
+            some = slice(start, start + COMMIT_TURN)
+            part = replace(event, ticket=self.ticket(), indices=event.indices[some])
+            parts.append(asyncio.create_task(self._commit_part(part, checksums[some], check)))
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*parts)
+        verdicts = [verdict for result in results for verdict in result.verdicts]
+        return CommitResult(verdicts, sum(result.completed for result in results))
+
+    async def _commit_part(
+        self, part: Commit, checksums: Checksums, check: Callable[[list[int]], None]
+    ) -> CommitResult:
+        try:
+            check(part.indices)
+            return await self._commit(part, checksums)
+        except CoreError as error:
+            if error.kind is ErrorKind.NOT_FOUND and error.field == "reservation":
+                return CommitResult([CommitVerdict.GONE] * len(part.indices), 0)
+            raise
+
+    async def _commit(self, event: Commit, checksums: Checksums) -> CommitResult:
         self._checksums[event.ticket] = checksums
         try:
             result = await self.ask(event, CommitResult)
@@ -326,9 +368,16 @@ class Driver:
                     self.entries.invalid(place)
             case Copy() | Verify():
                 self._running_jobs().submit(instruction)
+            case Unfinished():
+                if self._loop is not None:
+                    self._loop.call_soon(self._continue)
             case Moved() | MovedTooMuch() | TiersUp():
                 assert self._watches is not None, "attach_watches() comes first"
                 self._watches.carry_out(instruction)
+
+    def _continue(self) -> None:
+        if self._loop is not None:  # else the files are let go of
+            self.tell(Continue())
 
     def _running_jobs(self) -> Jobs:
         assert self._jobs is not None, "attach() comes first"

@@ -230,12 +230,16 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
         checksums = convert.numbers_from(
             "checksums", request.checksums, "<u8", count=len(indices) * region.cells
         ).reshape(len(indices), region.cells)
-        if self._node.moves is not None:
-            self._node.moves.check_commit(request.client, request.reservation, indices, region)
+        moves = self._node.moves
+
+        def check(some: list[int]) -> None:
+            if moves is not None:
+                moves.check_commit(request.client, request.reservation, some, region)
+
         event = events.Commit(
             self._driver.ticket(), session.id, request.reservation, indices, region
         )
-        result = await self._driver.commit(event, checksums)
+        result = await self._driver.commit(event, checksums, check=check)
         failpoints.hit("commit.after_valid")
         return pb.CommitReply(verdicts=bytes(result.verdicts), completed=result.completed)
 

@@ -248,7 +248,7 @@ class HubMachine(WriterMachine):
             self.config, ready=False, now=old.now, entries=old.entries, records=old.records,
             cells={k: v for k, v in old.cells.items() if k[0] != DEVICE},
             generations={k: g for k, g in old.generations.items() if k[0] != DEVICE},
-            ticket=old.ticket,
+            ticket=old.ticket, turns_by_hand=old.turns_by_hand,
         )  # fmt: skip
         self.stalled, self.disk_up = 0.0, True
         self.restore(old)
@@ -330,6 +330,8 @@ class HubMachine(WriterMachine):
         """Everything comes to an end: nobody waits for ever, nothing stays held."""
         if not hasattr(self, "world"):
             return
+        self.world.turns_by_hand = False
+        self.world.turn()
         for _ in range(60):
             self.world.finish_all()
             for session in list(self.model.sessions):

@@ -78,16 +78,18 @@ class WriterMachine(RuleBasedStateMachine):
         tails=st.sampled_from([2, 4]),
         warm=st.lists(st.tuples(pick, spans), max_size=8),
         watched=st.booleans(),
+        turn=st.sampled_from([1, 2, 8]),
+        by_hand=st.booleans(),
     )
     def start(
         self, host: int, disk: int, device: int, tails: int,
-        warm: list[tuple[int, tuple[int, int, int]]], watched: bool,
+        warm: list[tuple[int, tuple[int, int, int]]], watched: bool, turn: int, by_hand: bool,
     ) -> None:  # fmt: skip
         self.config = HubConfig(
             host_bytes=host * UNIT, disk_bytes=disk * UNIT, device_bytes=device * UNIT,
             session_ttl=SESSION_TTL, starve_max=20.0, promotions_max=3, spill_copies_max=2,
             upload_heat=2, verifies_max=2, writers_per_block_max=3, eviction_scan_max=3,
-            moved_max=8, tail_bytes_max=tails * UNIT, tail_ttl=9.0,
+            moved_max=8, tail_bytes_max=tails * UNIT, tail_ttl=9.0, reserve_turn=turn,
         )  # fmt: skip
         self.world = World(self.config)
         self.reset_clients()
@@ -101,6 +103,7 @@ class WriterMachine(RuleBasedStateMachine):
         for ns, span in warm:
             self.push(0, ns, span)
             self.world.finish_all()
+        self.world.turns_by_hand = by_hand
         if watched:
             self.world.start_watch()
             self.world.walk()
@@ -269,6 +272,11 @@ class WriterMachine(RuleBasedStateMachine):
             return
         self.settle()
         self.take_in(event, answer, exact=True)
+
+    @op(8)
+    def turn(self) -> None:
+        self.world.turn()
+        self.settle()
 
     @op(10, at=pick, ns=pick, span=spans)
     def push(self, at: int, ns: int, span: tuple[int, int, int]) -> None:

@@ -114,6 +114,8 @@ class World:
     generations: dict[tuple[ev.Tier, int], int] = field(default_factory=dict)
     ticket: int = 0
     watch: Watcher | None = None
+    turns_by_hand: bool = False  # else `send` goes on until nothing is unfinished
+    unfinished: int = 0  # Continues that are asked for
 
     def __post_init__(self) -> None:
         self._units = {
@@ -141,6 +143,7 @@ class World:
         out = self.hub.handle(event, self.now)
         for instruction in out:
             self._carry_out(instruction)
+        assert self.unfinished <= 1, "a second Continue is asked for before the first came"
         # Leases end with their time, and with their session.
         sessions = self.hub._holds.sessions
         self.leases = {
@@ -148,7 +151,16 @@ class World:
             for i, v in self.leases.items()
             if v.until > self.now and self.asked[v.ticket].session in sessions
         }
+        if self.unfinished and not self.turns_by_hand:
+            out = out + self.turn()
         return out
+
+    def turn(self) -> list[Any]:
+        """What is unfinished goes on, for one turn."""
+        if not self.unfinished:
+            return []
+        self.unfinished = 0
+        return self.send(ev.Continue())
 
     def ask(self, kind: type, **fields: Any) -> Any:
         """Send a request; its result, the CoreError that refused it, or None while it waits."""
@@ -194,6 +206,8 @@ class World:
             case ins.TiersUp(tiers):
                 assert self.watch is not None, "told while nobody watches"
                 self.watch.tiers_up = tiers
+            case ins.Unfinished():
+                self.unfinished += 1
             case _:
                 raise AssertionError(f"unknown instruction {instruction}")
 

@@ -20,7 +20,7 @@ from kvserver.core.errors import CoreError, ErrorKind
 from kvserver.core.limits import HubConfig
 from kvserver.observe.logs import get_logger
 from kvserver.runtime.copies import Copies
-from kvserver.runtime.driver import Driver
+from kvserver.runtime.driver import COMMIT_TURN, Checksums, Driver
 from kvserver.runtime.mover import Mover
 from kvserver.tiers.entry import InvalidEntry, ReservedEntry, ValidEntry
 from kvserver.tiers.host import HostArena
@@ -322,3 +322,94 @@ async def test_other_bytes_for_committed_cells_are_a_mismatch_and_the_first_stay
     assert rig.driver.commit_mismatches == 2
     assert is_block(rig.host, place.offset, KEYS[0])
     assert rig.driver.entries.root(place) == checksum(sums.view(np.uint8))
+
+
+# ---- long requests -------------------------------------------------------------------------------
+
+LONG = BLOCKS.chain(2, 2 * COMMIT_TURN + 1)
+
+
+async def long_reserve(rig: Rig) -> ins.ReserveResult:
+    event = ev.Reserve(
+        rig.driver.ticket(), SESSION, CLIENT, rig.namespace, LONG, [ROOT, *LONG[:-1]], [],
+        GRID.whole, ttl=5.0, wait=0.0,
+    )  # fmt: skip
+    result = await rig.driver.ask(event, ins.ReserveResult)
+    assert result.verdicts == [ev.ReserveVerdict.WRITE] * len(LONG)
+    return result
+
+
+def long_commit(rig: Rig, reserved: ins.ReserveResult, indices: list[int]) -> ev.Commit:
+    return ev.Commit(rig.driver.ticket(), SESSION, reserved.reservation, indices, GRID.whole)
+
+
+def sums_for(count: int) -> Checksums:
+    return np.arange(count * GRID.cells, dtype=np.uint64).reshape(count, GRID.cells)
+
+
+async def test_a_long_reserve_and_its_commit_let_others_in_between(rig: Rig) -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(other())
+    reserved = await long_reserve(rig)
+    assert turns >= len(LONG) // rig.driver.hub.config.reserve_turn
+    turns = 0
+    everything = list(range(len(LONG)))
+    result = await rig.driver.commit(long_commit(rig, reserved, everything), sums_for(len(LONG)))
+    assert turns >= len(LONG) // COMMIT_TURN
+    counting.cancel()
+    assert result.verdicts == [ev.CommitVerdict.OK] * len(LONG)
+    assert result.completed == len(LONG)
+    for at, place in enumerate(reserved.places):
+        assert place is not None
+        entry = rig.host.read_entry(place.offset)
+        assert isinstance(entry, ValidEntry)
+        assert entry.key == LONG[at]
+        trailer = rig.host.slot(place.offset + GRID.payload_bytes(GRID.block_tokens), 8)
+        assert int(trailer.view("<u8")[0]) == at * GRID.cells, "each block has its own checksums"
+
+
+async def test_a_long_commit_that_is_wrong_at_its_end_changes_nothing(rig: Rig) -> None:
+    reserved = await long_reserve(rig)
+    wrong = [*range(len(LONG) - 1), len(LONG)]
+    with pytest.raises(CoreError, match="indices"):
+        await rig.driver.commit(long_commit(rig, reserved, wrong), sums_for(len(LONG)))
+    assert rig.driver.stats().counters["commits"] == 0
+
+
+async def test_a_reservation_that_ends_during_its_commit_loses_the_rest(rig: Rig) -> None:
+    reserved = await long_reserve(rig)
+
+    def abort(indices: list[int]) -> None:
+        if indices[0] == COMMIT_TURN:
+            ticket = rig.driver.ticket()
+            rig.driver.tell(ev.Abort(ticket, SESSION, reserved.reservation, drained=True))
+
+    event = long_commit(rig, reserved, list(range(len(LONG))))
+    result = await rig.driver.commit(event, sums_for(len(LONG)), check=abort)
+    lost = len(LONG) - COMMIT_TURN
+    assert result.verdicts == [ev.CommitVerdict.OK] * COMMIT_TURN + [ev.CommitVerdict.GONE] * lost
+    assert result.completed == COMMIT_TURN
+
+
+async def test_each_part_of_a_commit_is_checked_right_before_it_is_applied(rig: Rig) -> None:
+    reserved = await long_reserve(rig)
+    asked: list[int] = []
+
+    def check(indices: list[int]) -> None:
+        if asked and indices[0] == COMMIT_TURN:
+            raise CoreError(ErrorKind.CONFLICT, "a move runs", field="indices")
+        asked.extend(indices)
+
+    event = long_commit(rig, reserved, list(range(len(LONG))))
+    with pytest.raises(CoreError, match="a move runs"):
+        await rig.driver.commit(event, sums_for(len(LONG)), check=check)
+    place = reserved.places[COMMIT_TURN]
+    assert place is not None
+    assert isinstance(rig.host.read_entry(place.offset), ReservedEntry)
