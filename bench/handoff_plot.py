@@ -9,14 +9,17 @@ prompt of the prefill engine. Lines are shares of what that prompt has in all.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-WIDTH, HEIGHT = 760, 360
-LEFT, RIGHT, TOP, BOTTOM = 60, 20, 56, 48
+WIDTH, HEIGHT = 760, 380
+LEFT, RIGHT, TOP, BOTTOM = 60, 20, 76, 48
+TITLE = "One hand-off: shares of a prompt's KV, by the time since its prefill began"
+TICKS_MAX = 8
 LABEL_SIZE, LETTER, ROW = 10, 6.0, 13
 """Of the labels above the curves: the size, a letter's width at most, and a row's height."""
 _INK = "#333333"
@@ -71,7 +74,7 @@ def svg(prefill: list[dict[str, Any]], decode: list[dict[str, Any]]) -> str:
     marks = [(_x(e["t"], start, end), f"chunk {n}", "start") for n, e in enumerate(chunks, 1)]
     marks.append((_x(hooks[-1]["t"], start, end), "last layer", "end"))
     marks.append((_x(first, start, end), "first token", "end"))
-    parts = [_frame(start, end)]
+    parts = [_text(LEFT, 20, TITLE, size=14), _frame(start, end)]
     for (x, label, anchor), y in label_rows(marks):
         beside = LETTER / 2 if anchor == "start" else -LETTER / 2
         parts.append(_line(x, y - LABEL_SIZE, x, HEIGHT - BOTTOM, "#cccccc"))
@@ -126,11 +129,18 @@ def _frame(start: float, end: float) -> str:
         y = _y(tenth / 10)
         lines.append(_line(LEFT, y, WIDTH - RIGHT, y, "#eeeeee" if tenth else _INK))
         lines.append(_text(LEFT - 8, y + 4, f"{10 * tenth} %", anchor="end"))
-    for quarter in range(5):
-        at = start + quarter / 4 * (end - start)
-        label = f"{at - start:.2f} s"
-        lines.append(_text(_x(at, start, end), HEIGHT - BOTTOM + 18, label, anchor="middle"))
+    for seconds in ticks(end - start):
+        x = _x(start + seconds, start, end)
+        lines.append(_text(x, HEIGHT - BOTTOM + 18, f"{seconds:g} s", anchor="middle"))
     return "\n".join(lines)
+
+
+def ticks(seconds: float) -> list[float]:
+    """Round times from 0 on: steps of 1, 2 or 5 and a power of ten, at most TICKS_MAX of them."""
+    power = 10.0 ** math.floor(math.log10(seconds / TICKS_MAX))
+    steps = (power * digit for digit in (1, 2, 5, 10, 20))
+    step, last = next((s, n) for s in steps if (n := int(seconds / s + 1e-9)) < TICKS_MAX)
+    return [round(step * n, 9) for n in range(last + 1)]
 
 
 def _curve(points: Points, start: float, end: float, colour: str) -> str:

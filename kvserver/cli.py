@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "watch",
         _watch,
         "tell which blocks are where: one JSON object a line, without end",
+        tables=False,
     )
     watch.add_argument("--namespace", help="only this one: its id, or the first 4 or more digits")
     watch.add_argument("--tenant", default="", help="whose blocks (default: the default tenant's)")
@@ -207,7 +208,7 @@ def _shown_default(name: str, default: object) -> str:
 
 
 def _add_client_command(
-    commands: Any, name: str, run: Callable[..., int], text: str
+    commands: Any, name: str, run: Callable[..., int], text: str, *, tables: bool = True
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
@@ -221,7 +222,8 @@ def _add_client_command(
     )
     for name, text in _TLS_FILES.items():
         parser.add_argument(f"--tls-{name}", metavar="FILE", help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    if tables:
+        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
@@ -462,14 +464,18 @@ def _purge(parsed: argparse.Namespace) -> int:
     from kvserver import offline
 
     host_dir, disk_path = _directories(parsed)
-    purges = [(host_dir, offline.purge_host_files), (disk_path, offline.purge_disk_files)]
-    for directory, purge in purges:
+    purges = [
+        (host_dir, offline.refuse_host_purge, offline.purge_host_files),
+        (disk_path, offline.refuse_disk_purge, offline.purge_disk_files),
+    ]
+    for directory, refuse, purge in purges:
         if directory is None:
             continue
-        if not parsed.yes:
-            print(f"would remove the kvserver files in {directory}; say --yes to do it")
-            continue
         try:
+            refuse(directory)
+            if not parsed.yes:
+                print(f"would remove the kvserver files in {directory}; say --yes to do it")
+                continue
             freed = purge(directory)
         except offline.OfflineError as error:
             raise CommandError(str(error)) from error

@@ -18,6 +18,7 @@ from kvserver.tables import table
 from kvserver.tiers.check import AreaReport, Progress, check_disk, check_host
 from kvserver.tiers.disk import SLOTS_NAME
 from kvserver.tiers.errors import TierError
+from kvserver.tiers.host import ARENA_NAME
 from kvserver.tiers.lock import LOCK_NAME, DirectoryLock
 from kvserver.tiers.purge import purge_host
 
@@ -94,6 +95,24 @@ def report_table(reports: list[AreaReport]) -> str:
     return "\n".join(lines)
 
 
+def refuse_host_purge(directory: Path) -> None:
+    """OfflineError where a purge of this host directory would be refused; changes nothing."""
+    _refuse_purge(directory, ARENA_NAME, LOCK_NAME)
+
+
+def refuse_disk_purge(directory: Path) -> None:
+    """OfflineError where a purge of this disk directory would be refused; changes nothing."""
+    _refuse_purge(directory, SLOTS_NAME, JOURNAL_NAME)
+
+
+def _refuse_purge(directory: Path, *names: str) -> None:
+    if not any((directory / name).exists() for name in names):
+        raise OfflineError(f"{directory} is no directory that a server has used")
+    if (directory / LOCK_NAME).exists():
+        with _locked(directory):
+            pass
+
+
 def purge_host_files(directory: Path) -> int:
     """Remove a host directory's files; the memory that its arena took, in bytes."""
     try:
@@ -104,9 +123,8 @@ def purge_host_files(directory: Path) -> int:
 
 def purge_disk_files(directory: Path) -> int:
     """Remove slot file and journal of a disk directory; the disk space they took, in bytes."""
+    refuse_disk_purge(directory)
     slots = directory / SLOTS_NAME
-    if not slots.exists() and not (directory / JOURNAL_NAME).exists():
-        raise OfflineError(f"{directory} is not a disk directory of a server")
     with _locked(directory):
         freed = slots.stat().st_blocks * 512 if slots.exists() else 0
         slots.unlink(missing_ok=True)

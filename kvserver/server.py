@@ -206,8 +206,8 @@ class Server:
         settings = self.settings
         if not settings.tls_cert:
             return int(server.add_insecure_port(settings.listen))
-        key, cert = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
-        clients = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
+        key, cert = (_pem(name, getattr(settings, name)) for name in ("tls_key", "tls_cert"))
+        clients = _pem("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca else None
         credentials = grpc.ssl_server_credentials(
             [(key, cert)], root_certificates=clients, require_client_auth=clients is not None
         )
@@ -498,3 +498,10 @@ class Server:
         state = states.SERVING if serving else states.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, state)
+
+
+def _pem(option: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise StartError(f"{option}: {path}: {error.strerror}") from error

@@ -40,8 +40,11 @@ def stats(reply: pb.StatsReply) -> str:
         parts.append(_sessions(reply.sessions))
     if reply.namespaces:
         parts.append(namespaces(reply.namespaces))
-    if reply.counters:
-        parts.append(table(("counter", "value"), sorted(reply.counters.items())))
+    moved = sorted((name, value) for name, value in reply.counters.items() if value)
+    if moved:
+        parts.append(table(("counter", "value"), moved))
+    if len(moved) < len(reply.counters):
+        parts.append(f"{len(reply.counters) - len(moved)} counters are 0 (--json shows all)")
     return "\n\n".join(parts)
 
 

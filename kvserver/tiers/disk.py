@@ -203,7 +203,11 @@ def _allocate(fd: int, path: Path, data_bytes: int, notes: list[str]) -> None:
     stat, space = os.fstat(fd), os.statvfs(path)
     available = space.f_bavail * space.f_frsize + stat.st_blocks * 512
     if size > available:
-        raise FieldError("disk_bytes", data_bytes, f"at most {available}: free at {path}")
+        raise FieldError(
+            "disk_bytes",
+            data_bytes,
+            f"at most {available} ({available / 2**30:.1f} GiB), free at {path}",
+        )
     if stat.st_size > size:
         os.ftruncate(fd, size)
     try:

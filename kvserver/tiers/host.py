@@ -359,7 +359,11 @@ def _punch(fd: int, start: int, stop: int) -> None:
 def _check_space(directory: Path, needed: int, allocated: int) -> None:
     available = _free_bytes(directory) + allocated
     if needed > available:
-        raise FieldError("host_bytes", needed, f"at most {available}: free in {directory}")
+        raise FieldError(
+            "host_bytes",
+            needed,
+            f"at most {available} ({available / 2**30:.1f} GiB), free in {directory}",
+        )
 
 
 def _free_bytes(directory: Path) -> int:

@@ -94,6 +94,10 @@ def test_stats_namespaces_and_evict(server: ServerProcess, capsys: Capture) -> N
     text = capsys.readouterr().out
     assert "host" in text
     assert "8 blocks" in text
+    counters = dict(line.split() for line in text.partition("counter ")[2].splitlines()[1:-2])
+    assert counters["completed"] == "8"
+    assert "0" not in counters.values()  # there are dozens that never moved
+    assert text.rstrip().endswith("counters are 0 (--json shows all)")
     assert main(["stats", "--json", *address]) == EXIT_OK
     stats = json.loads(capsys.readouterr().out)
     assert stats["blocks"] == "8"
@@ -112,6 +116,39 @@ def test_stats_namespaces_and_evict(server: ServerProcess, capsys: Capture) -> N
     assert main(["evict", OTHER.spec.id.hex(), "--drop", "--json", *address]) == EXIT_OK
     assert json.loads(capsys.readouterr().out)["blocks"] == "4"
     assert server.stats().blocks == 0
+
+
+@pytest.mark.parametrize("option", ["--host-dir", "--disk-path"])
+def test_purge_offers_nothing_that_it_would_refuse(
+    option: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "of-others").touch()
+    assert main(["purge", option, str(tmp_path)]) == EXIT_BAD
+    assert "no directory that a server has used" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["of-others"]
+
+
+def test_a_running_servers_files_are_not_offered_for_purging(
+    server: ServerProcess, capsys: Capture
+) -> None:
+    for option in ("host_dir", "disk_path"):
+        directory = str(server.options[option])
+        assert main(["purge", "--" + option.replace("_", "-"), directory]) == EXIT_BAD
+        assert f"in use by pid {server.pid}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absent", ["tls_key", "tls_cert"])
+def test_a_file_of_tls_that_is_not_there_is_named(
+    absent: str, tmp_path: Path, capsys: Capture
+) -> None:
+    there = tmp_path / "there.pem"
+    there.touch()
+    files = {"tls_key": there, "tls_cert": there, absent: tmp_path / "absent.pem"}
+    words = [f"--{name.replace('_', '-')}={path}" for name, path in files.items()]
+    ports = [f"--{name}=127.0.0.1:{free_port()}" for name in ("listen", "metrics-listen")]
+    none = ["--tcp-listen=", "--host-bytes=4MiB", f"--host-dir={tmp_path}"]
+    assert main(["serve", *words, *ports, *none]) == EXIT_BAD
+    assert f"kvserver: {absent}: {files[absent]}: No such file" in capsys.readouterr().err
 
 
 def test_check_finds_what_is_bad_and_purge_removes_it(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from itertools import combinations
 
-from bench.handoff_plot import LABEL_SIZE, LETTER, ROW, TOP, WIDTH, svg
+import pytest
+
+from bench.handoff_plot import LABEL_SIZE, LETTER, ROW, TICKS_MAX, TITLE, TOP, WIDTH, svg, ticks
 
 LAYERS, CHUNKS = 3, 4
 
@@ -53,3 +55,23 @@ def test_no_label_meets_another_nor_a_curve_nor_a_line() -> None:
         for left, right, y, text in labels:
             across = left < float(x) < right and y > float(top)
             assert not across, f"a line crosses {text!r}"
+
+
+def test_it_says_what_it_is_above_all_labels() -> None:
+    picture = svg(*logs(first_token=4.05))
+    (y, title) = re.findall(
+        r'<text x="[\d.]+" y="([\d.]+)" [^>]*font-size="14"[^>]*>([^<]+)', picture
+    )[0]
+    assert title == TITLE.replace("'", "&#x27;")
+    tops = re.findall(r'y="([\d.]+)" text-anchor="\w+" font-size="10"', picture)
+    assert float(y) < min(map(float, tops)) - LABEL_SIZE
+
+
+@pytest.mark.parametrize("seconds", [0.004, 0.8, 1.0, 4.2, 6.48, 7.999, 8.0, 63.0, 1000.0])
+def test_times_are_round(seconds: float) -> None:
+    times = ticks(seconds)
+    assert 3 <= len(times) <= TICKS_MAX
+    assert times[0] == 0
+    assert seconds - times[1] < times[-1] <= seconds
+    assert f"{times[1]:.0e}"[0] in "125"
+    assert all(len(f"{time:g}") <= 6 for time in times)

@@ -131,7 +131,9 @@ def test_a_filesystem_without_fallocate(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_too_little_space_names_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = os.statvfs(tmp_path)
-    with pytest.raises(FieldError, match=r"disk_bytes is \d+, must be at most \d+: free"):
+    with pytest.raises(
+        FieldError, match=r"disk_bytes is \d+, must be at most \d+ \(\d+\.\d GiB\), free"
+    ):
         DiskFile.open(tmp_path / SLOTS_NAME, (space.f_bavail + 1000) * space.f_frsize)
 
     def full(fd: int, offset: int, length: int) -> None:

@@ -100,7 +100,9 @@ def test_two_servers_on_one_directory_are_refused(shm_dir: Path) -> None:
 def test_too_little_space_names_the_field_and_what_is_free(shm_dir: Path) -> None:
     space = os.statvfs(shm_dir)
     too_much = (space.f_bavail * space.f_frsize + (1 << 30)) // UNIT * UNIT
-    with pytest.raises(FieldError, match=r"host_bytes is \d+, must be at most \d+: free in") as got:
+    with pytest.raises(
+        FieldError, match=r"host_bytes is \d+, must be at most \d+ \(\d+\.\d GiB\), free in"
+    ) as got:
         HostArena.open(shm_dir, too_much)
     assert got.value.field == "host_bytes"
     with pytest.raises(FieldError, match="host_bytes"):
