@@ -205,6 +205,14 @@ def load(
         raise ConfigError(error.field, error.value, error.limit, source) from None
 
 
+def read_file(name: str, path: str) -> bytes | None:
+    """What the file holds that the option `name` names; None where it names none."""
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise ConfigError(name, path, f"a readable file: {error.strerror}") from error
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 

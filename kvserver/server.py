@@ -45,6 +45,7 @@ from kvserver.journal.record import DiskRecord
 from kvserver.moving import open_moves
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
+from kvserver.options import read_file
 from kvserver.runtime import failpoints, recovery
 from kvserver.runtime.copies import Copies
 from kvserver.runtime.disk import DiskTier
@@ -206,11 +207,9 @@ class Server:
         settings = self.settings
         if not settings.tls_cert:
             return int(server.add_insecure_port(settings.listen))
-        key, cert = (_pem(name, getattr(settings, name)) for name in ("tls_key", "tls_cert"))
-        clients = _pem("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca else None
-        credentials = grpc.ssl_server_credentials(
-            [(key, cert)], root_certificates=clients, require_client_auth=clients is not None
-        )
+        pair = tuple(read_file(name, getattr(settings, name)) for name in ("tls_key", "tls_cert"))
+        clients = read_file("tls_client_ca", settings.tls_client_ca)
+        credentials = grpc.ssl_server_credentials([pair], clients, clients is not None)
         return int(server.add_secure_port(settings.listen, credentials))
 
     def _open_host(self) -> None:
@@ -498,10 +497,3 @@ class Server:
         state = states.SERVING if serving else states.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, state)
-
-
-def _pem(option: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise StartError(f"{option}: {path}: {error.strerror}") from error

@@ -148,7 +148,10 @@ def test_a_file_of_tls_that_is_not_there_is_named(
     ports = [f"--{name}=127.0.0.1:{free_port()}" for name in ("listen", "metrics-listen")]
     none = ["--tcp-listen=", "--host-bytes=4MiB", f"--host-dir={tmp_path}"]
     assert main(["serve", *words, *ports, *none]) == EXIT_BAD
-    assert f"kvserver: {absent}: {files[absent]}: No such file" in capsys.readouterr().err
+    assert (
+        f"kvserver: {absent} is '{files[absent]}', must be a readable file: No such"
+        in capsys.readouterr().err
+    )
 
 
 def test_check_finds_what_is_bad_and_purge_removes_it(
