@@ -1,8 +1,8 @@
 """The data plane of the client: copies and checksums in a few threads.
 
 Work comes as pieces: some layers of one block. A task is a run of pieces of about a megabyte or
-more, so that threads do not meet at the interpreter's lock for each. Within a piece, copy and
-checksum alternate over chunks that stay in the cache: what was just copied is hashed while hot.
+more, so that threads do not meet at the interpreter's lock for each. A piece is copied and hashed
+(`kvproto.cells`) chunk by chunk.
 
 Rules:
  1. Views of the arena exist only inside these functions, never in a frame that can raise to the
@@ -23,7 +23,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -32,26 +32,23 @@ from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from kvclient.errors import KVError, Unavailable, Unsupported
 from kvclient.timing import Deadline
 from kvclient.transfer.base import Arena, Bytes, Transfer
 from kvclient.transfer.direct import Block, Scattered
+from kvproto.cells import Checksums, copy_rows
 from kvproto.checksum import grid_checksums, root_of
 from kvproto.grid import Grid, Region
 
-# Bigger chunks leave the cache, smaller ones make two threads meet at the interpreter's lock more
-# often, which the hashing of small cells holds: of 512 KiB, 1 MiB and 2 MiB, 1 MiB was the fastest
-# (0.53, 0.62 and 0.58 of memcpy, batches of 16 blocks; one thread alone is equal with all three).
-CHUNK_BYTES = 1 << 20
+# Between two looks at the generation. Of 1, 2, 4 and 8 MiB, one thread's pushes of 8 MiB had 0.49,
+# 0.57, 0.57 and 0.57 of memcpy (docs/adr/0012).
+CHUNK_BYTES = 2 << 20
 TASK_BYTES_MIN = 1 << 20
 TASK_BYTES = 4 << 20
 THREADS = 2
-HERE_BYTES_MAX = 8 << 20  # work of which the loop's thread does a part: 4 MiB at most, about 1 ms
-
-Checksums = npt.NDArray[np.uint64]
+HERE_BYTES_MAX = 8 << 20  # work of which the loop's thread does a part: 4 MiB at most, about 0.5 ms
 
 
 class Outcome(IntEnum):
@@ -149,38 +146,6 @@ class Copier:
         if failure is not None:
             raise failure
 
-    def run_here(self, task: Callable[[Piece], None], pieces: Sequence[list[Piece]]) -> None:
-        """The same for a thread that has no loop: it does the last list, and waits for the others.
-        When interrupted, too, it returns only after the last copy has ended.
-        """
-        *others, own = pieces
-        stop = threading.Event()
-
-        def work(part: list[Piece]) -> None:
-            for piece in part:
-                if stop.is_set():
-                    return
-                task(piece)
-
-        futures: list[Future[None]] = []
-        failure: BaseException | None = None
-        try:
-            futures.extend(self._pool.submit(work, part) for part in others)
-        except RuntimeError:  # the pool is shut down
-            failure = Unavailable("the client is closed")
-        try:
-            if failure is None:
-                work(own)
-        except BaseException as error:
-            failure = error
-        for future in futures:
-            if failure is not None:
-                stop.set()
-            ended = _outcome(future, stop)
-            failure = failure or ended
-        if failure is not None:
-            raise failure
-
     def split(self, layers: int, layer_bytes: int, indices: Sequence[int]) -> list[list[Piece]]:
         """Tasks for these blocks: big blocks are cut between layers, small ones are gathered."""
         total = layers * layer_bytes * len(indices)
@@ -197,20 +162,6 @@ class Copier:
                 tasks[-1].append(Piece(index, start, stop))
                 filled += (stop - start) * layer_bytes
         return tasks if tasks[0] else []
-
-
-def _outcome(future: Future[None], stop: threading.Event) -> BaseException | None:
-    """What a copy ended with, or what interrupted the wait for it, which is never cut short."""
-    interrupted: BaseException | None = None
-    while True:
-        try:
-            ended = future.exception()
-            return interrupted or ended
-        except CancelledError:
-            return interrupted or Unavailable("the client is closed")
-        except BaseException as error:
-            stop.set()
-            interrupted = error
 
 
 # ---- views -----------------------------------------------------------------------------------
@@ -250,35 +201,30 @@ def copy_cells(target: Bytes, source: Bytes, sums: Checksums, go_on: Callable[[]
     """
     at = 0
     for into, rows in _rows(target, source):
-        if not _copy_hashed(into, rows, into, sums[at : at + len(into)], go_on):
+        if not _copy_hashed(into, rows, sums[at : at + len(into)], go_on):
             return False
         at += len(into)
     return True
 
 
-def _copy_hashed(
-    target: Bytes, source: Bytes, hashed: Bytes, sums: Checksums, go_on: Callable[[], bool]
-) -> bool:
-    """Copy rows and hash them, chunk by chunk; False when `go_on` said no.
-
-    `hashed` is `target` or `source`; its rows are contiguous. Fills `sums`, one per row.
+def _copy_hashed(target: Bytes, source: Bytes, sums: Checksums, go_on: Callable[[], bool]) -> bool:
+    """Copy rows and hash them into `sums`, one per row, chunk by chunk; False when `go_on` said
+    no.
     """
     count, row_bytes = target.shape
     step = max(1, CHUNK_BYTES // row_bytes)
-    if row_bytes > 2 * CHUNK_BYTES:
-        return _copy_long_rows(target, source, hashed, sums, go_on)
+    if row_bytes > CHUNK_BYTES:
+        return _copy_long_rows(target, source, sums, go_on)
     for start in range(0, count, step):
         if not go_on():
             return False
         part = slice(start, start + step)
-        np.copyto(target[part], source[part])
-        rows = hashed[part]
-        sums[part] = np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
+        copy_rows(target[part], source[part], sums[part], stream=True)
     return True
 
 
 def _copy_long_rows(
-    target: Bytes, source: Bytes, hashed: Bytes, sums: Checksums, go_on: Callable[[], bool]
+    target: Bytes, source: Bytes, sums: Checksums, go_on: Callable[[], bool]
 ) -> bool:
     """The same for rows of several chunks, hashed as a stream."""
     for row in range(len(target)):
@@ -288,7 +234,7 @@ def _copy_long_rows(
                 return False
             part = slice(start, start + CHUNK_BYTES)
             np.copyto(target[row, part], source[row, part])
-            state.update(hashed[row, part].data)
+            state.update(target[row, part].data)
         sums[row] = state.intdigest()
     return True
 

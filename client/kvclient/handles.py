@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvclient.checks import Arrays
-from kvclient.copying import Checksums
 from kvclient.errors import Unavailable
 from kvclient.reading import Granted, ReadStream
 from kvclient.results import Bytes, Tier
 from kvclient.timing import Deadline
 from kvclient.watching import Watch, WatchEvent
 from kvclient.writing import Reservation
+from kvproto.cells import Checksums
 from kvproto.grid import Region
 
 Result = TypeVar("Result")

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvclient.checks import Arrays, blocks_of, region_in
-from kvclient.copying import Checksums, Slot, Writing, as_arena, cells_of, check_blocks
+from kvclient.copying import Slot, Writing, as_arena, cells_of, check_blocks
 from kvclient.errors import Gone, InvalidArgument, KVError, NotFound
 from kvclient.results import Bytes, CommitVerdict, ReserveVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
 from kvclient.transfer.direct import Block
+from kvproto.cells import Checksums
 from kvproto.frames import PERMIT_BYTES
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb

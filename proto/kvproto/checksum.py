@@ -11,17 +11,16 @@ Rule 2: xxh3 guards against accidents (torn writes, bit flips, late writers), no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from kvproto.cells import Bytes, Checksums, hash_rows
 from kvproto.grid import CHECKSUM_BYTES
 
-Bytes = npt.NDArray[np.uint8]
-Checksums = npt.NDArray[np.uint64]
 _digest = cast("Callable[[object], int]", xxh3_64_intdigest)  # takes any contiguous buffer
 
 
@@ -39,9 +38,11 @@ def cell_checksums(
     """
     whole = slot.size // cell_bytes
     cells = slot[: whole * cell_bytes].reshape(whole, cell_bytes)
-    rows: Iterable[Bytes] = cells if indices is None else (cells[i] for i in indices)
-    count = whole if indices is None else len(indices)
-    return np.fromiter(map(_digest, rows), np.uint64, count)
+    if indices is not None:
+        return np.fromiter((_digest(cells[i]) for i in indices), np.uint64, len(indices))
+    sums = np.empty(whole, np.uint64)
+    hash_rows(cells, sums)
+    return sums
 
 
 def grid_checksums(cells: Bytes) -> Checksums:
@@ -51,8 +52,26 @@ def grid_checksums(cells: Bytes) -> Checksums:
     strided, as a region of a larger grid is.
     """
     layers, heads = cells.shape[:2]
-    digests = (_digest(cell) for layer in cells for cell in layer)
-    return np.fromiter(digests, np.uint64, layers * heads)
+    sums = np.empty(layers * heads, np.uint64)
+    rows = _rows(cells)
+    if layers == 1 or rows.strides[0] == heads * rows.strides[1]:
+        flat = (layers * heads, rows.shape[2])
+        hash_rows(np.lib.stride_tricks.as_strided(rows, flat, rows.strides[1:]), sums)
+    else:
+        for layer, row in enumerate(rows):
+            hash_rows(row, sums[layer * heads : (layer + 1) * heads])
+    return sums
+
+
+def _rows(cells: Bytes) -> Bytes:
+    """[layers, heads, bytes], a view."""
+    size = 1
+    for length, stride in zip(cells.shape[:1:-1], cells.strides[:1:-1], strict=True):
+        if length > 1 and stride != size:
+            raise ValueError("cells: they are not contiguous")
+        size *= length
+    shape = (*cells.shape[:2], size)
+    return np.lib.stride_tricks.as_strided(cells, shape, (*cells.strides[:2], 1))
 
 
 def root_of(trailer: Bytes | bytes | memoryview) -> int:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvclient.copying import Checksums, Copier, Outcome, Reading, Writing
+from kvclient.copying import Copier, Outcome, Reading, Writing
 from kvclient.errors import KVError, Unavailable
 from kvclient.staging import aligned
 from kvclient.timing import Deadline
@@ -34,6 +34,7 @@ from kvclient.tls import Tls
 from kvclient.transfer.base import Bytes
 from kvclient.transfer.wire import BROKEN, Wire, dial
 from kvproto import frames
+from kvproto.cells import Checksums
 from kvproto.checksum import grid_checksums
 from kvproto.frames import FrameError, Op, Place, Request, Status
 from kvproto.grid import Region
