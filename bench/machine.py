@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import xxhash
 
+from kvproto import cells
 from kvserver import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -34,6 +35,7 @@ def facts() -> dict[str, str | int | float]:
         "numpy": np.__version__,
         "grpc": grpc.__version__,
         "xxhash": xxhash.VERSION,
+        "native": str(cells.NATIVE),
         "kvserver": __version__,
     }
 
