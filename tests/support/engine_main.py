@@ -8,10 +8,8 @@ output when the process began; everything that vLLM prints goes to standard erro
 from __future__ import annotations
 
 import asyncio
-import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import queue
 import sys
@@ -53,20 +51,7 @@ def main() -> None:
 def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
     """Serve in a fork of a process that is not ours alone."""
     own_process(environment, streams)
-    if settings["tensor_parallel_size"] * settings["pipeline_parallel_size"] > 1:
-        fork_ranks()
     serve(settings)
-
-
-def fork_ranks() -> None:
-    """Engine core and ranks are forks of this process. For a CPU vLLM insists on spawning them, and
-    each then imports all of vLLM once more; everywhere else its default is a fork."""
-    for name in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
-        vars(importlib.import_module(name))["get_mp_context"] = _fork_context
-
-
-def _fork_context() -> Any:
-    return multiprocessing.get_context("fork")
 
 
 def own_process(environment: dict[str, str], streams: Streams) -> None:
