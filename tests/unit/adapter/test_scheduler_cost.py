@@ -189,13 +189,18 @@ class Counted(Clocked):
 def test_what_a_call_does_does_not_grow_with_the_blocks_that_it_names(
     fewest: int, hit: bool, steps: int
 ) -> None:
-    """8 blocks and 64, loaded, or pushed by as few steps as may be, or left to the end."""
-    done = []
+    """8 blocks and 64, loaded, or pushed by as few steps as may be, or left to the end. What else
+    runs in between (a collection, somebody's finalizer) only adds: the least of three lives."""
+    done: list[dict[str, int]] = []
     for blocks in (fewest, 64):
-        counted = Counted(World(blocks=4000))
-        usable = blocks - 1 if hit else None
-        life(counted, 1, usable, tokens=128 * blocks, chunk=128 * blocks, steps=steps)
-        done.append(counted.taken)
+        least: dict[str, int] = {}
+        for _ in range(3):
+            counted = Counted(World(blocks=4000))
+            usable = blocks - 1 if hit else None
+            life(counted, 1, usable, tokens=128 * blocks, chunk=128 * blocks, steps=steps)
+            for name, counts in counted.taken.items():
+                least[name] = min(max(counts), least.get(name, sys.maxsize))
+        done.append(least)
     few, many = done
     for name in ("on_new_request", "matched_tokens", "after_alloc", "build_meta", "finished"):
-        assert max(many[name]) == max(few[name]), name
+        assert many[name] == few[name], name
