@@ -43,7 +43,7 @@ help: ## this list
 setup: $(VENV)/.setup ## the environment: server, client and tools, at the pinned versions
 
 # The pins hold for the isolated build environment too.
-$(VENV)/.setup: pyproject.toml constraints/server.txt hatch_build.py proto/kvproto/cells.c
+$(VENV)/.setup: pyproject.toml constraints/server.txt hatch_build.py $(wildcard proto/kvproto/*.[ch])
 	@test -n "$(PYTHON)" || { echo "no python3 found; set PYTHON" >&2; exit 1; }
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing kvserver with its server and tools"

@@ -1,4 +1,4 @@
-"""Builds the native code (proto/kvproto/cells.c) into the wheel, where a C compiler is at hand.
+"""Builds the native code (proto/kvproto/*.c) into the wheel, where a C compiler is at hand.
 
 Without one the wheel is a pure one, and Python does the same, slower. It is no extension module:
 it knows nothing of Python, and one build serves every interpreter of a platform.
@@ -19,8 +19,9 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("proto", "kvproto", "cells.c")
-LIBRARY = SOURCE.with_name("_cells.so")
+FOLDER = Path("proto", "kvproto")
+SOURCES = ("cells.c", "wires.c")
+LIBRARY = FOLDER / "_cells.so"
 FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-fPIC", "-shared"]
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS_MAX = 120
@@ -41,7 +42,8 @@ def build(root: Path, library: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".cells-") as scratch:
             made = Path(scratch, library.name)
-            command = [*compiler, *FLAGS, "-o", str(made), str(root / SOURCE)]
+            sources = [str(root / FOLDER / name) for name in SOURCES]
+            command = [*compiler, *FLAGS, "-o", str(made), *sources]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS_MAX)
             made.replace(library)
     except subprocess.CalledProcessError as error:

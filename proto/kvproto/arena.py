@@ -121,12 +121,20 @@ class ArenaReader:
         entries = head.data_bytes // UNIT
         table = file[head.table_offset : head.table_offset + entries * ENTRY_BYTES]
         words: Words = table.view(np.uint64).reshape(-1, RECORD_WORDS)
+        self._words = words
         self._generations = words[:, GENERATION_WORD].data
         self.data = file[head.data_offset : head.data_offset + head.data_bytes]
 
     def epoch(self) -> int:
         """The epoch now; it differs from the session's once the server was restarted."""
         return self._epoch[0]
+
+    def words(self, offset: int) -> tuple[Words, Words]:
+        """The generation of the slot at `offset`, and the epoch, for code that reads memory: views
+        [1].
+        """
+        entry = self._words[offset // UNIT]
+        return entry[GENERATION_WORD : GENERATION_WORD + 1], np.asarray(self._epoch)
 
     def current(self, offset: int, generation: int, epoch: int) -> bool:
         """Whether the slot at `offset` (within the data) still holds what was granted."""

@@ -13,6 +13,8 @@
  * SSE2, which all of them can do: memory is the limit, not the instructions.
  */
 
+#include "cells.h"
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -32,7 +34,7 @@ enum { STRIPES_PER_BLOCK = (SECRET_BYTES - STRIPE) / SECRET_STEP };
 enum { BLOCK = STRIPE * STRIPES_PER_BLOCK };
 enum { AHEAD = 1024 }; /* bytes that are asked for before they are needed */
 
-enum mode { HASH, COPY, STREAM };
+enum mode { HASH, KEEP, COPY, STREAM }; /* KEEP: hashed, for somebody who reads it next */
 
 static const uint64_t PRIME32_1 = 0x9E3779B1U;
 static const uint64_t PRIME32_2 = 0x85EBCA77U;
@@ -100,7 +102,12 @@ INLINE void scramble(lanes *sum, const uint8_t *secret) {
     }
 }
 
-INLINE void ahead(const uint8_t *from) { _mm_prefetch((const char *)from + AHEAD, _MM_HINT_NTA); }
+INLINE void ahead(const uint8_t *from, enum mode mode) {
+    if (mode == KEEP)
+        _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
+    else
+        _mm_prefetch((const char *)from + AHEAD, _MM_HINT_NTA);
+}
 
 INLINE int streams(const uint8_t *to) { return ((uintptr_t)to & 15) == 0; }
 
@@ -114,7 +121,7 @@ INLINE void stripe(lanes *sum, uint8_t *to, const uint8_t *from, const uint8_t *
                    enum mode mode) {
     uint64_t data[LANES];
     memcpy(data, from, STRIPE);
-    if (mode != HASH)
+    if (mode == COPY || mode == STREAM)
         memcpy(to, data, STRIPE);
     for (int i = 0; i < LANES; i++) {
         uint64_t key = data[i] ^ word(secret + 8 * i);
@@ -131,7 +138,12 @@ INLINE void scramble(lanes *sum, const uint8_t *secret) {
     }
 }
 
-INLINE void ahead(const uint8_t *from) { __builtin_prefetch(from + AHEAD, 0, 0); }
+INLINE void ahead(const uint8_t *from, enum mode mode) {
+    if (mode == KEEP)
+        __builtin_prefetch(from + AHEAD, 0, 3);
+    else
+        __builtin_prefetch(from + AHEAD, 0, 0);
+}
 
 INLINE int streams(const uint8_t *to) { (void)to; return 0; }
 
@@ -160,6 +172,7 @@ INLINE uint64_t merged(const lanes *sum, uint64_t length) {
 INLINE uint64_t row(uint8_t *to, const uint8_t *from, size_t length, enum mode mode) {
     const uint64_t begin[LANES] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                                    PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+    const int copies = mode == COPY || mode == STREAM;
     const size_t whole = (length - 1) / STRIPE; /* the last stripe, whole or not, comes apart */
     lanes sum;
     memcpy(&sum, begin, sizeof sum);
@@ -167,8 +180,8 @@ INLINE uint64_t row(uint8_t *to, const uint8_t *from, size_t length, enum mode m
         size_t left = whole - done < STRIPES_PER_BLOCK ? whole - done : STRIPES_PER_BLOCK;
         for (size_t i = 0; i < left; i++) {
             size_t at = (done + i) * STRIPE;
-            ahead(from + at);
-            stripe(&sum, mode == HASH ? to : to + at, from + at, SECRET + SECRET_STEP * i, mode);
+            ahead(from + at, mode);
+            stripe(&sum, copies ? to + at : to, from + at, SECRET + SECRET_STEP * i, mode);
         }
         if (left == STRIPES_PER_BLOCK)
             scramble(&sum, SECRET + SECRET_BYTES - STRIPE);
@@ -177,7 +190,7 @@ INLINE uint64_t row(uint8_t *to, const uint8_t *from, size_t length, enum mode m
     /* The last 64 bytes are hashed together; the first of them may have been hashed and stored. */
     uint8_t last[STRIPE];
     memcpy(last, from + length - STRIPE, STRIPE);
-    if (mode != HASH) {
+    if (copies) {
         size_t rest = length - whole * STRIPE;
         memcpy(to + length - rest, last + STRIPE - rest, rest);
     }
@@ -187,13 +200,19 @@ INLINE uint64_t row(uint8_t *to, const uint8_t *from, size_t length, enum mode m
 
 /* ---- what Python calls ------------------------------------------------------------------------ */
 
-int kv_cells_interface(void) { return 1; } /* changes with the functions below */
+int kv_cells_interface(void) { return 2; } /* changes with any function that Python calls */
 
 /* The checksums of `count` rows of `length` bytes, the first at `from` and `step` bytes apart. */
 void kv_hash_rows(const uint8_t *from, ptrdiff_t step, size_t count, size_t length,
                   uint64_t *sums) {
     for (size_t i = 0; i < count; i++)
         sums[i] = row(NULL, from + (ptrdiff_t)i * step, length, HASH);
+}
+
+void kv_hash_rows_kept(const uint8_t *from, ptrdiff_t step, size_t count, size_t length,
+                       uint64_t *sums) {
+    for (size_t i = 0; i < count; i++)
+        sums[i] = row(NULL, from + (ptrdiff_t)i * step, length, KEEP);
 }
 
 /* The same of rows that are copied to `to`, `to_step` bytes apart; with `stream` around caches. */

@@ -21,7 +21,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 Checksums = npt.NDArray[np.uint64]
 
 LIBRARY = Path(__file__).with_name("_cells.so")
-INTERFACE = 1  # kv_cells_interface(): what stands beside older Python code is not used
+INTERFACE = 2  # kv_cells_interface(): what stands beside older Python code is not used
 ROW_BYTES_MIN = 241  # xxh3 has other ways for shorter inputs, which native code lacks
 STREAM_BYTES_MIN = 512 << 10
 
@@ -54,6 +54,15 @@ class Library:
         self._copy = loaded.kv_copy_rows
         self._copy.argtypes = [pointer, step, pointer, step, size, size, ctypes.c_int, pointer]
         self._copy.restype = None
+        # Of wires.c; a grid's checksums come last.
+        grid: list[Any] = [pointer, step, step, size, size, size, pointer]
+        number, word = ctypes.c_int, ctypes.c_uint64
+        loaded.kv_send_grid.argtypes = [number, pointer, size, *grid, size]
+        loaded.kv_receive_grid.argtypes = [number, *grid, size]
+        loaded.kv_guarded_grid.argtypes = [
+            number, *grid, pointer, word, pointer, word, size, size, number, pointer, pointer,
+        ]  # fmt: skip
+        self.loaded = loaded
 
     def hash(self, rows: Bytes, sums: Checksums) -> None:
         count, length = rows.shape
@@ -80,12 +89,17 @@ _library = _load()
 NATIVE = _library is not None
 
 
+def native() -> ctypes.CDLL | None:
+    """What was loaded, for modules with functions of their own in it (`kvproto.wires`)."""
+    return None if _library is None else _library.loaded
+
+
 def hash_rows(rows: Bytes, sums: Checksums) -> None:
     """Checksums of `rows` [count, bytes] into `sums` [count]. ValueError for arrays of another
     kind.
     """
     _check("rows", rows, rows.shape)
-    _check_sums(sums, len(rows))
+    check_sums(sums, len(rows))
     if _library is not None and rows.shape[1] >= ROW_BYTES_MIN:
         _library.hash(rows, sums)
     else:
@@ -98,7 +112,7 @@ def copy_rows(target: Bytes, source: Bytes, sums: Checksums, *, stream: bool = F
     """
     _check("source", source, source.shape)
     _check("target", target, source.shape)
-    _check_sums(sums, len(source))
+    check_sums(sums, len(source))
     if not target.flags.writeable:
         raise ValueError("target: it is read-only")
     if _library is not None and source.shape[1] >= ROW_BYTES_MIN:
@@ -115,7 +129,8 @@ def _check(name: str, rows: Bytes, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: its rows are not contiguous")
 
 
-def _check_sums(sums: Checksums, count: int) -> None:
+def check_sums(sums: Checksums, count: int) -> None:
+    """ValueError unless native code may leave `count` checksums there."""
     if sums.dtype != np.uint64 or sums.shape != (count,) or not sums.flags.c_contiguous:
         raise ValueError(f"sums: {sums.dtype} {sums.shape}, not contiguous uint64 [{count}]")
     if not sums.flags.writeable:

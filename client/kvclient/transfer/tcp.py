@@ -248,15 +248,11 @@ class TcpTransfer:
         for tag, frame in enumerate(part):
             rows = work.source(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
             sums = work.sums[frame.index, frame.start : frame.stop].reshape(-1)
-            before: list[memoryview | bytes] = [frames.encode_request(frame.request(Op.WRITE, tag))]
-            at = 0
-            for chunk in _chunks(rows):
-                cells = chunk.shape[0] * chunk.shape[1]
-                sums[at : at + cells] = grid_checksums(chunk)  # sent out of the cache after this
-                at += cells
-                wire.send([*before, _flat(chunk, scratch)])
-                before.clear()
-            wire.send([sums.astype("<u8", copy=False).tobytes()])
+            head = frames.encode_request(frame.request(Op.WRITE, tag))
+            if wire.carries(frame.place.cell_bytes):
+                wire.send_grid(head, rows, sums)
+            else:
+                _send_chunks(wire, head, rows, sums, scratch)
             if tag - taken >= ANSWERS_MAX:
                 self._answer(wire, Op.WRITE, taken, part)
                 taken += 1
@@ -297,19 +293,45 @@ class TcpTransfer:
         """The cells of one answer, into their place; whether they are what was committed."""
         rows = work.target(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
         sums: Checksums = np.zeros(frame.region.cells, np.uint64)
-        at = 0
-        for chunk in _chunks(rows):
-            whole = _whole(chunk)
-            if whole is not None:
-                wire.fill(whole)
-            else:
-                buffer = _scratch(scratch, chunk.size)
-                wire.fill(buffer.data)
-                chunk[...] = buffer.reshape(chunk.shape)
-            cells = chunk.shape[0] * chunk.shape[1]
-            sums[at : at + cells] = grid_checksums(chunk)
-            at += cells
+        if wire.carries(frame.place.cell_bytes):
+            wire.fill_grid(rows, sums)
+        else:
+            _fill_chunks(wire, rows, sums, scratch)
         return work.matches(frame.index, frame.start, frame.stop, sums, trailer)
+
+
+# ---- where native code does not carry a frame whole --------------------------------------------
+
+
+def _send_chunks(
+    wire: Wire, head: bytes, rows: Bytes, sums: Checksums, scratch: list[Bytes]
+) -> None:
+    """Head, cells and checksums; each chunk is sent out of the cache that its hash left it in."""
+    before: list[memoryview | bytes] = [head]
+    at = 0
+    for chunk in _chunks(rows):
+        cells = chunk.shape[0] * chunk.shape[1]
+        sums[at : at + cells] = grid_checksums(chunk)
+        at += cells
+        wire.send([*before, _flat(chunk, scratch)])
+        before.clear()
+    wire.send([sums.astype("<u8", copy=False).tobytes()])
+
+
+def _fill_chunks(wire: Wire, rows: Bytes, sums: Checksums, scratch: list[Bytes]) -> None:
+    """Receive cells, and what they are hashed to while the next ones arrive."""
+    at = 0
+    for chunk in _chunks(rows):
+        whole = _whole(chunk)
+        if whole is not None:
+            wire.fill(whole)
+        else:
+            buffer = _scratch(scratch, chunk.size)
+            wire.fill(buffer.data)
+            chunk[...] = buffer.reshape(chunk.shape)
+        cells = chunk.shape[0] * chunk.shape[1]
+        sums[at : at + cells] = grid_checksums(chunk)
+        at += cells
 
 
 # ---- cutting -----------------------------------------------------------------------------------

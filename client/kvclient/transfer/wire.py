@@ -14,7 +14,8 @@ from contextlib import suppress
 
 from kvclient.errors import DeadlineExceeded, Unavailable, Unsupported
 from kvclient.tls import Tls
-from kvproto import frames
+from kvproto import frames, wires
+from kvproto.cells import Bytes, Checksums
 from kvproto.frames import FrameError
 
 SOCKET_BYTES = 4 << 20
@@ -53,13 +54,25 @@ class Wire:
                 raise ConnectionResetError("the hub hung up")
             view = view[count:]
 
+    def carries(self, cell_bytes: int) -> bool:
+        """Whether whole grids of such cells go through native code: `send_grid`, `fill_grid`."""
+        return not self._tls and wires.usable(cell_bytes)
+
+    def send_grid(self, head: bytes, grid: Bytes, sums: Checksums) -> None:
+        """The head, the cells, and their checksums, which are left in `sums` too."""
+        wires.send(self._socket.fileno(), head, grid, sums)
+
+    def fill_grid(self, grid: Bytes, sums: Checksums) -> None:
+        """Receive all of `grid`; its cells' checksums come into `sums`."""
+        wires.receive(self._socket.fileno(), grid, sums)
+
     def take(self, length: int) -> bytes:
         raw = bytearray(length)
         self.fill(memoryview(raw))
         return bytes(raw)
 
     def shutdown(self) -> None:
-        """Whoever is in `send` or `fill` gets an error, at once."""
+        """Whoever sends or receives gets an error, at once."""
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 

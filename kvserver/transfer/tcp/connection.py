@@ -46,7 +46,7 @@ from kvserver.transfer.tcp.slots import Rows, Slots
 from kvserver.transfer.tcp.stream import Ended, Stalled, Stream
 
 CHUNK_BYTES = 1 << 20  # at most so much between two looks at a generation
-MORE_BYTES = 512 << 10  # of a frame that is coming, worth a wake-up
+MORE_BYTES = 1 << 20  # of a frame that is coming, worth a wake-up
 SCRATCH_BYTES = 256 << 10
 LINGER_BYTES = 4 << 20  # of a refused peer's frame, thrown away so that it can read the answer
 LINGER_S = 1.0
@@ -180,7 +180,12 @@ class Connection:
         sums: list[int] = []
         taken = 0
         if self._slots.may_write(place, self.client):
-            taken = self._fill(request, rows, sums)
+            if self._stream.carries(place.cell_bytes):
+                arrival = self._slots.arrival(place, request.region)
+                self._stream.receive_guarded(arrival, MORE_BYTES)
+                taken, sums = arrival.done, arrival.sums.tolist()
+            else:
+                taken = self._fill(request, rows, sums)
         self._drain(rows.nbytes - taken)
         told = bytearray(request.region.cells * CHECKSUM_BYTES)
         self._stream.receive(memoryview(told))

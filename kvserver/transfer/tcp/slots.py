@@ -17,6 +17,7 @@ from kvproto.arena import ENTRY_BYTES, UNIT, ArenaReader
 from kvproto.checksum import cell_checksums
 from kvproto.frames import Place
 from kvproto.grid import Region
+from kvproto.wires import Arrival, Guard
 from kvserver.tiers import syscalls
 from kvserver.tiers.entry import EntryTable, ReservedEntry, ValidEntry
 
@@ -81,6 +82,15 @@ class Slots:
                 whole = self._reader.data[part * MAP_BYTES : (part + 1) * MAP_BYTES]
                 with contextlib.suppress(OSError):  # an old kernel: then by faults
                     syscalls.madvise(whole, syscalls.MADV_POPULATE_WRITE)
+
+    def arrival(self, place: Place, region: Region) -> Arrival:
+        """The region's cells of a slot, for `kvproto.wires`, as long as the slot is `current`."""
+        whole = self._reader.data[place.offset : place.offset + place.payload_bytes]
+        cells = whole.reshape(place.layers, place.heads, place.cell_bytes)
+        layers = slice(region.layer_start, region.layer_stop)
+        heads = slice(region.head_start, region.head_stop)
+        generation, epoch = self._reader.words(place.offset)
+        return Arrival(cells[layers, heads], Guard(generation, place.generation, epoch, self.epoch))
 
     def trailer(self, place: Place) -> memoryview:
         start = place.offset + place.payload_bytes

@@ -10,10 +10,14 @@ Rule 3: `hang_up` may be called from any thread; it ends every wait.
 
 from __future__ import annotations
 
+import ctypes
 import select
 import socket
 import ssl
 from collections.abc import Sequence
+
+from kvproto import wires
+from kvproto.wires import Arrival, Came
 
 # How long many bytes are waited for: 1 MiB takes this long at 0.4 Gbit/s. A slower peer's bytes are
 # taken as they come.
@@ -36,7 +40,7 @@ class Stream:
         sock.setblocking(False)
         self.sock = sock
         self.stall_s = stall_s
-        self._low = 1
+        self._low = ctypes.c_int(1)
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(sock, select.POLLIN)
         self._writable.register(sock, select.POLLOUT)
@@ -58,9 +62,9 @@ class Stream:
 
     def _low_water(self, count: int) -> None:
         """What `_readable` waits for."""
-        if count != self._low:
+        if count != self._low.value:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-            self._low = count
+            self._low.value = count
 
     def wait_write(self, timeout_s: float | None = None) -> None:
         self._wait(self._writable, timeout_s)
@@ -94,6 +98,25 @@ class Stream:
         if count == 0:
             raise Ended("the peer closed")
         return count
+
+    def carries(self, cell_bytes: int) -> bool:
+        """Whether `receive_guarded` takes grids of such cells."""
+        return wires.usable(cell_bytes)
+
+    def receive_guarded(self, arrival: Arrival, more_bytes: int) -> Came:
+        """What comes, by native code, which looks at the guard where rule 1 wants it; `more_bytes`
+        are waited for together, as in `wait_more`. WHOLE or LOST.
+        """
+        while True:
+            try:
+                came = wires.receive_guarded(
+                    self.sock.fileno(), arrival, more_bytes=more_bytes, wait_s=MORE_S, low=self._low
+                )
+            except OSError as error:
+                raise Ended(str(error)) from error
+            if came is not Came.WAITED:
+                return came
+            self.wait_read()
 
     def send_some(self, views: Sequence[memoryview]) -> int:
         """Send what the socket takes of `views`; how many bytes that is."""
@@ -147,6 +170,10 @@ class TlsStream(Stream):
     def __init__(self, sock: ssl.SSLSocket, *, stall_s: float) -> None:
         super().__init__(sock, stall_s=stall_s)
         self._ssl = sock
+
+    def carries(self, cell_bytes: int) -> bool:
+        """Never: OpenSSL has the bytes."""
+        return False
 
     def wait_idle(self) -> None:
         if not self._ssl.pending():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvproto import frames
+from kvproto import cells, frames
 from kvproto.arena import UNIT
 from kvproto.frames import Hello, HelloStatus, Op, Place, Request, Status
 from kvproto.grid import Region
@@ -210,8 +210,15 @@ def test_only_a_reserved_slot_of_this_client_is_written(bench: TcpBench) -> None
     assert all(untouched(bench, number) for number in range(3))
 
 
-def test_a_slot_given_away_in_mid_frame_gets_no_late_byte(bench: TcpBench) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_a_slot_given_away_in_mid_frame_gets_no_late_byte(
+    bench: TcpBench, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The fence itself: the peer waits with the rest of its frame until the slot is another's."""
+    if not native:
+        monkeypatch.setattr(cells, "_library", None)
+    elif not cells.NATIVE:
+        pytest.skip("no native code: no C compiler here")
     place = bench.reserve()
     payload = payload_of(WHOLE)
     cut = len(payload) // 2 + 100  # in the middle of a cell
