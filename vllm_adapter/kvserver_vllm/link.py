@@ -9,6 +9,7 @@ waits for it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import threading
@@ -30,6 +31,7 @@ from kvclient import (
     Role,
     Unavailable,
 )
+from kvproto import cells
 from kvproto.namespace import NamespaceSpec
 from kvproto.needs import usable_prefix
 from kvserver_vllm.common import Answer
@@ -46,6 +48,11 @@ REGISTER_S = 60.0
 CALL_S = 5.0
 """Deadline of calls that nobody waits for."""
 STOP_S = 2.0
+
+_ring = ctypes.PyDLL(None).eventfd_write
+"""Keeps the interpreter's lock, unlike `os.eventfd_write`: the thread that is woken would take it,
+and whoever rang would wait until that has hashed a prompt. Does not block: the bell does not."""
+_ring.argtypes, _ring.restype = [ctypes.c_int, ctypes.c_uint64], ctypes.c_int
 
 _links: dict[tuple[str, str], HubLink] = {}
 _links_lock = threading.Lock()
@@ -171,14 +178,15 @@ class HubLink:
         """Call this on the link's thread, in the order of the posts; dropped once stopped.
 
         The engine's thread posts within its steps. Half the time of asyncio's own way, and while
-        the bell has been rung and not been answered no system call at all.
+        the bell has been rung and not been answered no system call at all. It is not held up by
+        what the link's thread has to do then.
         """
         self._posts.append((function, args))
         if self._stopped:
             self._discard()
         elif not self._rung:
             self._rung = True
-            os.eventfd_write(self._bell, 1)
+            _ring(self._bell, 1)
 
     def _answer(self) -> None:
         """The bell was rung. Who posts from here on rings again: nothing is left lying."""
@@ -243,10 +251,11 @@ class HubLink:
             self._namespaces[spec] = opened
             self._log.write("namespace", id=opened.id.hex())
             logger.info(
-                "kvserver: hub %s, namespace %s, transport %s",
+                "kvserver: hub %s, namespace %s, transport %s, native code %s",
                 self.address,
                 opened.id.hex()[:16],
                 self._client.session.link.transfer.transport,
+                "in use" if cells.NATIVE else "not in use",
             )
             for note in opened.near_misses:
                 logger.warning("kvserver: %s", note)

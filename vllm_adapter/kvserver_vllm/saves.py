@@ -3,7 +3,8 @@
 Rules:
   1. A block is saved once, by the step that computes its last token, a prompt's tail only when the
      prompt is handed off. Of a prompt that is not, a step names so many blocks, and leaves the rest
-     to the next one: the engine's thread does a little at a time.
+     to the next one: the engine's thread does a little at a time. Of what a step does not itself
+     compute (the engine had it, or an earlier step left it) it names so many of all prompts.
   2. What was announced is written or withdrawn: with its request, or as soon as a rank has given
      its push up. A long prompt's announcement is renewed.
   3. Pages under a push are pinned in the block pool until every rank has let go of them.
@@ -34,7 +35,7 @@ ANNOUNCE_S = 10.0
 JOB_BLOCKS_MAX = 1024
 STEP_BLOCKS = 24
 """Blocks of one request that a step names, unless somebody waits for them; of all requests that are
-over, together."""
+over, together; of all that it does not compute, too."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
 ORPHANS_FLOOR = 64
@@ -215,7 +216,7 @@ class Saves:
     def _runs(self, output: Any, requests: dict[str, Tracked]) -> list[Run]:
         """Blocks that are complete after this step, and that no other push has."""
         found: list[Run] = []
-        now = self._common.clock()
+        now, room = self._common.clock(), STEP_BLOCKS
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
@@ -225,7 +226,8 @@ class Saves:
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
             full = tracked.completed = computed // self._common.block
             if not tracked.hands_off:
-                full = min(full, tracked.saved + STEP_BLOCKS)
+                own = scheduled // self._common.block
+                full = min(full, tracked.saved + min(STEP_BLOCKS, room + own))
             tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
             if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
                 continue
@@ -236,6 +238,8 @@ class Saves:
             tables = state.get_block_ids(request_id) if state is not None else None
             if tables is None:
                 continue
+            if not tracked.hands_off:
+                room = max(0, room - max(0, full - tracked.saved - own))
             completed = self._completed(tracked, full, tail, tables)
             if self._common.recurrent:
                 stateful = computed == tracked.prompt_tokens

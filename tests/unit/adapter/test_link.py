@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -72,6 +73,36 @@ def test_the_last_holder_ends_the_thread() -> None:
     other = shared("127.0.0.1:7")
     assert other is not link
     other.close()
+
+
+def test_who_posts_keeps_the_interpreters_lock(link: HubLink) -> None:
+    """Else whoever waits for it, such as the link's thread with a prompt to hash, runs first."""
+    turns, gate, over = [0], threading.Event(), False
+
+    def other() -> None:
+        gate.wait()
+        while not over:
+            turns[0] += 1
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=other)
+    thread.start()
+    sys.setswitchinterval(10.0)
+    try:
+        gate.set()
+        until = time.monotonic() + 0.05
+        while time.monotonic() < until:
+            pass  # the other one wakes up, and waits for the lock
+        before = turns[0]
+        for _ in range(300):
+            link._rung = False
+            link.post(int)
+        after = turns[0]
+    finally:
+        over = True
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert after == before
 
 
 @pytest.mark.parametrize(
