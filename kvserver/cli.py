@@ -252,6 +252,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 
     flags = {k: v for k, v in vars(parsed).items() if k in config.option_table()}
     file = parsed.config or os.environ.get("KVSERVER_CONFIG") or None
+    _doubt(config.unknown_variables(os.environ))
     settings = config.load(flags, environment=os.environ, file=file)
     try:
         return asyncio.run(server.run(settings))
@@ -259,9 +260,16 @@ def _serve(parsed: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
 
 
+def _doubt(variables: Mapping[str, str]) -> None:
+    for name, near in variables.items():
+        hint = f"; did you mean {near}?" if near else ""
+        print(f"kvserver: warning: {name} is set, and is no option{hint}", file=sys.stderr)
+
+
 def _proxy(parsed: argparse.Namespace) -> int:
     flags = {k: v for k, v in vars(parsed).items() if k in proxy_settings.option_table()}
     file = parsed.config or os.environ.get("KVSERVER_PROXY_CONFIG") or None
+    _doubt(proxy_settings.unknown_variables(os.environ))
     settings = proxy_settings.load(flags, environment=os.environ, file=file)
     try:
         from kvserver.router import app

@@ -31,6 +31,8 @@ from kvserver.options import (
 )
 
 ENVIRONMENT_PREFIX = "KVSERVER_"
+OTHER_VARIABLES = ("CONFIG", "ADDRESS", "NATIVE", "FAILPOINTS", "PROXY_", "TEST_", "BENCH_")
+"""That begin like this server's, and are read elsewhere: by name, or all that begin like it."""
 HOST_DIR_BYTES_MAX = 88  # a Unix socket's path holds 107, and the socket lies in this directory
 
 _SERVING, _NIXL, _HOST, _DISK, _DEVICE, _LIMITS, _LOGS = (
@@ -282,4 +284,11 @@ def load(
     """Settings from flags > environment > file > defaults. ConfigError names what is wrong."""
     return options.load(
         Settings, flags, environment=environment, prefix=ENVIRONMENT_PREFIX, file=file
+    )
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that look like options and are none, each with the nearest that is, or ""."""
+    return options.unknown_variables(
+        Settings, environment, prefix=ENVIRONMENT_PREFIX, others=OTHER_VARIABLES
     )

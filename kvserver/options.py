@@ -2,7 +2,8 @@
 
 A set of options is a frozen dataclass whose fields are made by `option`. A value is taken from the
 command line, else from the environment (a prefix and the option's name in capitals), else from the
-TOML file (flat, `name = value`), else it is the option's default.
+TOML file (flat, `name = value`), else it is the option's default. A name that is no option is
+refused in a file; in the environment, which is others' too, it is told of.
 
 Rule 1: every value is checked where it is read; an error names the option, where the value came
 from, the value and what would have been accepted.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from decimal import Decimal
 from pathlib import Path
@@ -31,6 +32,9 @@ _UNITS = {
     **{f"{p}{b}": 1 << (10 * i) for i, p in enumerate("KMGT", 1) for b in ("i", "iB")},
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
 }
+_SERVICE_LINK = re.compile(
+    r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -203,6 +207,26 @@ def load(
     except ConfigError as error:
         source = sources.get(error.field, "")
         raise ConfigError(error.field, error.value, error.limit, source) from None
+
+
+def unknown_variables(
+    kind: type[Any], environment: Mapping[str, str], *, prefix: str, others: Iterable[str] = ()
+) -> dict[str, str]:
+    """Variables that begin like those of `kind`, and are none of its options, each with the nearest
+    that is or "". `others` are known too: what follows the prefix, or, where it ends in `_`, how
+    that begins. What Kubernetes sets in every pod beside a service of such a name is no mistake."""
+    known = [name.upper() for name in table_of(kind)]
+    known += [other for other in others if not other.endswith("_")]
+    foreign = tuple(other for other in others if other.endswith("_"))
+    found = {}
+    for variable in sorted(environment):
+        name = variable.removeprefix(prefix)
+        if name in (variable, *known) or name.startswith(foreign):
+            continue
+        if not _SERVICE_LINK.fullmatch(variable):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            found[variable] = prefix + near[0] if near else ""
+    return found
 
 
 def read_file(name: str, path: str) -> bytes | None:

@@ -7,7 +7,8 @@ Rule 1: the port and the directories' locks come first; a second server fails be
 anything.
 Rule 2: SIGTERM and SIGINT drain within `drain_ms`; a second signal ends the wait. The arena and the
 slot file stay: the next start is warm.
-Rule 3: whatever fails while starting is taken down again, in reverse order.
+Rule 3: whatever fails while starting is taken down again, in reverse order. Files that this start
+        was the first to make are removed: an arena that nobody will use is memory lost.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import kvserver
+from kvproto import cells
 from kvproto.errors import FieldError
 from kvproto.rdma import rdma_devices
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
+from kvserver import offline
 from kvserver.bounds import hub_config, limits_of
 from kvserver.config import Settings
 from kvserver.core.events import (
@@ -60,6 +65,7 @@ from kvserver.service.admin import AdminService
 from kvserver.service.cache import CacheService
 from kvserver.service.calls import Gate, Incidents
 from kvserver.service.local import LocalCalls
+from kvserver.service.port import open_port
 from kvserver.service.stats import stats_reply
 from kvserver.tiers.device import FakeDevice
 from kvserver.tiers.disk import SLOTS_NAME, DiskFile
@@ -136,6 +142,7 @@ class Server:
         self.settings = settings
         self.incidents = Incidents(log)
         self._parts = contextlib.AsyncExitStack()
+        self._unmake: list[Callable[[], object]] = []  # what this start made, until it is ready
         self.gate = Gate(settings.rpcs_max)
         self._health = health.aio.HealthServicer()
         self._shm: ShmServer | None = None
@@ -146,7 +153,7 @@ class Server:
     async def start(self) -> None:
         started = time.monotonic()
         settings = self.settings
-        grpc_server, self.address = self._bind()
+        grpc_server, self.address = self._open_port()
         self._parts.push_async_callback(grpc_server.stop, None)
         self._open_host()
         failpoints.hit("start.after_lock")
@@ -166,6 +173,7 @@ class Server:
         self._parts.callback(self.node.watches.close)
         self._parts.push_async_callback(self._local.close, CALLS_GRACE_S)
         await self._set_health(serving=True)
+        self._unmake.clear()
         logs.event(
             log,
             "ready",
@@ -176,41 +184,27 @@ class Server:
             pid=os.getpid(),
             epoch=self.host.epoch,
             version=kvserver.__version__,
+            native=cells.NATIVE,
             warm=self.host.warm,
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def _bind(self) -> tuple[Any, str]:
-        size = self.settings.message_bytes_max
-        standing = self.settings.sessions_max + self.settings.watchers_max + 64
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),  # a second server on this port must fail
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", size),
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ],
+    def _open_port(self) -> tuple[Any, str]:
+        settings, credentials = self.settings, None
+        if settings.tls_cert:
+            pair = tuple(
+                read_file(name, getattr(settings, name)) for name in ("tls_key", "tls_cert")
+            )
+            clients = read_file("tls_client_ca", settings.tls_client_ca)
+            credentials = grpc.ssl_server_credentials([pair], clients, clients is not None)
+        standing = settings.sessions_max + settings.watchers_max + 64
+        return open_port(
+            settings.listen,
+            message_bytes_max=settings.message_bytes_max,
             # The gate refuses by name; this stops a flood before it is read.
-            maximum_concurrent_rpcs=4 * self.settings.rpcs_max + standing,
+            calls_max=4 * settings.rpcs_max + standing,
+            credentials=credentials,
         )
-        try:
-            port = self._add_port(server)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise StartError(f"listen: {self.settings.listen} is in use or not an address of ours")
-        return server, f"{self.settings.listen.rpartition(':')[0]}:{port}"
-
-    def _add_port(self, server: Any) -> int:
-        settings = self.settings
-        if not settings.tls_cert:
-            return int(server.add_insecure_port(settings.listen))
-        pair = tuple(read_file(name, getattr(settings, name)) for name in ("tls_key", "tls_cert"))
-        clients = read_file("tls_client_ca", settings.tls_client_ca)
-        credentials = grpc.ssl_server_credentials([pair], clients, clients is not None)
-        return int(server.add_secure_port(settings.listen, credentials))
 
     def _open_host(self) -> None:
         settings = self.settings
@@ -222,6 +216,8 @@ class Server:
             mlock=settings.mlock,
         )
         self._parts.callback(self.host.close)
+        if self.host.made:
+            self._unmake.append(partial(offline.purge_host_files, directory))
         for note in self.host.notes:
             logs.event(log, "host_note", logging.WARNING, note=note)
         if self.host.cold_reason:
@@ -238,6 +234,8 @@ class Server:
         directory.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock.acquire(directory)
         self._parts.callback(lock.release)
+        if not any((directory / name).exists() for name in (SLOTS_NAME, JOURNAL_NAME)):
+            self._unmake.append(partial(offline.purge_disk_files, directory))
         file = DiskFile.open(directory / SLOTS_NAME, settings.disk_bytes)
         journal = Directory.open(directory / JOURNAL_NAME, file_id=file.file_id)
         for note in (*file.notes, *journal.notes):
@@ -491,6 +489,9 @@ class Server:
 
     async def close(self) -> None:
         await self._parts.aclose()
+        for unmake in self._unmake:
+            with contextlib.suppress(offline.OfflineError):  # another server has it now
+                unmake()
 
     async def _set_health(self, *, serving: bool) -> None:
         states = health_pb2.HealthCheckResponse

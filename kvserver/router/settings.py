@@ -146,3 +146,10 @@ def load(
     return options.load(
         ProxySettings, flags, environment=environment, prefix=ENVIRONMENT_PREFIX, file=file
     )
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that look like options and are none, each with the nearest that is, or ""."""
+    return options.unknown_variables(
+        ProxySettings, environment, prefix=ENVIRONMENT_PREFIX, others=["CONFIG"]
+    )

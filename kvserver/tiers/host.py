@@ -84,6 +84,7 @@ class HostArena:
         self.warm = False
         self.cold_reason = ""
         self.unreadable = False  # there was an arena, and its header made no sense
+        self.made = False  # there was none
         self.arena_id = header.arena_id
         self.table_offset = header.table_offset
         self.data_offset = header.data_offset
@@ -152,11 +153,13 @@ class HostArena:
             header = _resize(fd, header, data_bytes)
             arena = cls(lock, path, fd, header, mlock=mlock)
         except BaseException:
-            if fd >= 0:
+            if fd >= 0 and found.fd < 0:
+                _retire(path, fd)
+            elif fd >= 0:
                 os.close(fd)
             raise
         arena.warm, arena.cold_reason = not found.reason, found.reason
-        arena.unreadable = found.unreadable
+        arena.unreadable, arena.made = found.unreadable, found.fd < 0
         if arena.warm:
             arena._header.step(0, EPOCH_WORD, header.epoch + 1, seed=0)
         return arena
@@ -318,6 +321,7 @@ def _create(directory: Path, data_bytes: int, epoch: int) -> tuple[int, ArenaHea
         fresh.rename(directory / ARENA_NAME)
     except BaseException:
         os.close(fd)
+        fresh.unlink(missing_ok=True)
         raise
     return fd, header
 

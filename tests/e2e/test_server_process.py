@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import urllib.request
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvclient import Client, KVError
+from kvproto import cells
 from kvproto.v1 import kvserver_pb2 as pb
 from kvproto.v1 import kvserver_pb2_grpc
 from tests.support.payload import Blocks
@@ -71,6 +73,7 @@ def test_memory_survives_sigkill_and_the_epoch_grows(serve: Serve) -> None:
     server.kill()
     server.restart()
     assert server.ready["warm"]
+    assert server.ready["native"] is cells.LIBRARY.exists()
     assert server.ready["epoch"] == first + 1
     assert usable(server) == len(KEYS)
     assert pull(server) == len(KEYS)
@@ -147,9 +150,31 @@ def test_a_second_server_in_the_same_directory_is_refused(serve: Serve, tmp_path
 
 def test_a_port_in_use_is_refused_before_anything_is_made(serve: Serve, tmp_path: Path) -> None:
     server = serve()
-    with pytest.raises(ServerError, match="in use or not an address"):
+    with pytest.raises(ServerError, match="in use or not an address") as refused:
         start_server(tmp_path, listen=server.address, metrics_listen="")
+    said = [line for line in str(refused.value).splitlines()[1:] if not line.startswith("{")]
+    assert len(said) == 1, "the error and nothing else, such as gRPC's own"
     assert push(server) == len(KEYS)
+
+
+def test_a_start_that_is_refused_leaves_what_there_was_and_nothing_else(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(disk_bytes="64MiB")
+    push(server, durable=True)
+    server.terminate()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        fresh = {"host_dir": str(server.host_dir) + "-fresh", "disk_path": str(tmp_path / "fresh")}
+        for place in (fresh, {"host_dir": server.host_dir, "disk_path": tmp_path / "disk"}):
+            refused = ServerProcess(
+                server.tmp_path, {"tcp_listen": taken, "disk_bytes": "64MiB", **place}, ""
+            )
+            with pytest.raises(ServerError, match=f"tcp_listen: {taken}"):
+                refused.start()
+    assert not any(Path(path).exists() for path in fresh.values())
+    assert pull(server.restart()) == len(KEYS)
+    assert server.ready["warm"]
 
 
 def test_bad_settings_end_with_status_2(tmp_path: Path) -> None:

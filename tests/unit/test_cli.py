@@ -79,6 +79,22 @@ def test_wrong_usage_is_status_2_and_says_why(arguments: list[str], capsys: Capt
     assert capsys.readouterr().err.startswith("kvserver: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given", "meant"),
+    [
+        (["serve", "--host-bytes=1KiB"], "KVSERVER_HOST_BYTE", "KVSERVER_HOST_BYTES"),
+        (["pd-proxy"], "KVSERVER_PROXY_PREFIL", "KVSERVER_PROXY_PREFILL"),
+    ],
+)
+def test_a_variable_that_is_no_option_is_told(
+    arguments: list[str], given: str, meant: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(given, "1")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"warning: {given} is set, and is no option; did you mean {meant}?" in said
+
+
 def test_a_server_that_is_not_there_is_status_3(capsys: Capture) -> None:
     address = f"127.0.0.1:{free_port()}"
     assert main(["stats", "--address", address, "--timeout-s", "2"]) == EXIT_UNREACHABLE

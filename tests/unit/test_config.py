@@ -6,25 +6,50 @@ from pathlib import Path
 
 import pytest
 
-from kvserver.config import Settings, load, option_table
+from kvserver.config import Settings, load, option_table, unknown_variables
 from kvserver.options import ConfigError, parse_bytes
+from kvserver.router import settings
 
 
 def test_each_source_overrides_the_one_below_it(tmp_path: Path) -> None:
     file = tmp_path / "kvserver.toml"
     file.write_text('host_bytes = "32MiB"\nlog_level = "debug"\nrpcs_max = 7\n')
     environment = {"KVSERVER_HOST_BYTES": "64MiB", "KVSERVER_LOG_LEVEL": "error"}
-    settings = load({"host_bytes": "128MiB"}, environment=environment, file=file)
-    assert settings.host_bytes == 128 << 20  # flag
-    assert settings.log_level == "error"  # environment
-    assert settings.rpcs_max == 7  # file
-    assert settings.listen == "127.0.0.1:50051"  # default
+    loaded = load({"host_bytes": "128MiB"}, environment=environment, file=file)
+    assert loaded.host_bytes == 128 << 20  # flag
+    assert loaded.log_level == "error"  # environment
+    assert loaded.rpcs_max == 7  # file
+    assert loaded.listen == "127.0.0.1:50051"  # default
 
 
 def test_foreign_environment_variables_are_ignored() -> None:
     # What Kubernetes sets in every pod next to a service named kvserver.
     environment = {"KVSERVER_PORT": "tcp://10.0.0.1:1", "KVSERVER_SERVICE_HOST": "10.0.0.1"}
     assert load(environment=environment) == Settings()
+
+
+def test_unknown_variables_are_told_with_the_nearest_option() -> None:
+    environment = {
+        "KVSERVER_HOST_BYTE": "400GiB",
+        "KVSERVER_WHATEVER": "1",
+        "KVSERVER_PROXY_PREFIL": "http://p:1",
+        # Known here, or others': tests, the Makefile, Kubernetes beside a service "kvserver".
+        "KVSERVER_HOST_BYTES": "1GiB",
+        "KVSERVER_CONFIG": "/etc/kvserver.toml",
+        "KVSERVER_NATIVE": "0",
+        "KVSERVER_TEST_WAYS": "shm",
+        "KVSERVER_PORT": "tcp://10.0.0.1:1",
+        "KVSERVER_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "KVSERVER_SERVICE_PORT_GRPC": "50051",
+        "KVSERVER_METRICS_SERVICE_HOST": "10.0.0.1",
+    }
+    assert unknown_variables(environment) == {
+        "KVSERVER_HOST_BYTE": "KVSERVER_HOST_BYTES",
+        "KVSERVER_WHATEVER": "",
+    }
+    assert settings.unknown_variables(environment) == {
+        "KVSERVER_PROXY_PREFIL": "KVSERVER_PROXY_PREFILL"
+    }
 
 
 @pytest.mark.parametrize(
