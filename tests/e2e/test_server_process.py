@@ -148,13 +148,14 @@ def test_a_second_server_in_the_same_directory_is_refused(serve: Serve, tmp_path
     assert pull(server) == len(KEYS)
 
 
-def test_a_port_in_use_is_refused_before_anything_is_made(serve: Serve, tmp_path: Path) -> None:
-    server = serve()
-    with pytest.raises(ServerError, match="in use or not an address") as refused:
-        start_server(tmp_path, listen=server.address, metrics_listen="")
-    said = [line for line in str(refused.value).splitlines()[1:] if not line.startswith("{")]
-    assert len(said) == 1, "the error and nothing else, such as gRPC's own"
-    assert push(server) == len(KEYS)
+def test_a_port_in_use_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        options = {"listen": listen, "metrics_listen": "", "host_dir": str(tmp_path / "host")}
+        with pytest.raises(ServerError, match="in use or not an address") as refused:
+            ServerProcess(tmp_path, options, "").start()
+    assert len(str(refused.value).splitlines()) == 2, "the error and nothing else, like gRPC's own"
+    assert not (tmp_path / "host").exists()
 
 
 def test_a_start_that_is_refused_leaves_what_there_was_and_nothing_else(
