@@ -33,7 +33,8 @@ def stats(reply: pb.StatsReply) -> str:
         f" up {_duration(reply.uptime_ms)}{', draining' if reply.draining else ''};"
         f" {reply.blocks} blocks, {reply.blocks_filling} filling,"
         f" {reply.blocks_announced} announced,"
-        f" {format_bytes(reply.spill_queue_bytes)} to be written to disk",
+        f" {format_bytes(reply.spill_queue_bytes)} to be written to disk"
+        f"{'' if reply.native else '; without native code'}",
         _tiers(reply.tiers),
     ]
     if reply.sessions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 import kvserver
+from kvproto import cells
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.core.stats import HubStats, NamespaceStats, TierStats
 from kvserver.runtime.node import Node
@@ -29,6 +30,7 @@ def stats_reply(node: Node, incidents: int) -> pb.StatsReply:
         blocks_announced=stats.announced,
         spill_queue_bytes=stats.spill_queue_bytes,
         namespaces=[_namespace(n) for n in stats.namespaces],
+        native=cells.NATIVE,
     )
 
 

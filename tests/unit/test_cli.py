@@ -12,6 +12,7 @@ import pytest
 
 import kvserver
 from kvclient import Client
+from kvproto import cells
 from kvserver.cli import EXIT_BAD, EXIT_OK, EXIT_UNREACHABLE, EXIT_USAGE, main
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess, free_port
@@ -117,6 +118,7 @@ def test_stats_namespaces_and_evict(server: ServerProcess, capsys: Capture) -> N
     assert main(["stats", "--json", *address]) == EXIT_OK
     stats = json.loads(capsys.readouterr().out)
     assert stats["blocks"] == "8"
+    assert stats["native"] is cells.LIBRARY.exists() is ("without native code" not in text)
 
     assert main(["namespaces", *address]) == EXIT_OK
     text = capsys.readouterr().out

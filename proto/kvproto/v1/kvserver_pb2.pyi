@@ -741,7 +741,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("server_version", "epoch", "uptime_ms", "draining", "tiers", "sessions", "counters", "blocks", "blocks_filling", "blocks_announced", "spill_queue_bytes", "namespaces")
+    __slots__ = ("server_version", "epoch", "uptime_ms", "draining", "tiers", "sessions", "counters", "blocks", "blocks_filling", "blocks_announced", "spill_queue_bytes", "namespaces", "native")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -761,6 +761,7 @@ class StatsReply(_message.Message):
     BLOCKS_ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
     SPILL_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    NATIVE_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     epoch: int
     uptime_ms: int
@@ -773,7 +774,8 @@ class StatsReply(_message.Message):
     blocks_announced: int
     spill_queue_bytes: int
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
-    def __init__(self, server_version: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., draining: bool = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., blocks: _Optional[int] = ..., blocks_filling: _Optional[int] = ..., blocks_announced: _Optional[int] = ..., spill_queue_bytes: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ...) -> None: ...
+    native: bool
+    def __init__(self, server_version: _Optional[str] = ..., epoch: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., draining: bool = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., blocks: _Optional[int] = ..., blocks_filling: _Optional[int] = ..., blocks_announced: _Optional[int] = ..., spill_queue_bytes: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., native: bool = ...) -> None: ...
 
 class ListNamespacesRequest(_message.Message):
     __slots__ = ()
