@@ -192,7 +192,7 @@ def bootstrap(ratios: Sequence[float]) -> tuple[float, float]:
 def measure_scheduler(room: Room, *, quick: bool) -> dict[str, Any]:
     """Each call by its wall time and its thread's processor time, at 8k tokens. Enough of each
     kind that a p99 is no maximum: prompts loaded whole, one by one, and crowds of prompts that the
-    engine has itself, all but their ends, whose lookups are in flight together. A hub that answers
+    engine has itself, all but the last token, whose lookups are in flight together. A hub that answers
     after 2 s stands still for so long when a crowd comes."""
     blocks, hits, crowds, late_crowds, each = (15, 3, 1, 1, 4) if quick else (63, 40, 4, 7, 16)
     hub = room.hub(host_bytes="3GiB")
@@ -214,13 +214,13 @@ def measure_scheduler(room: Room, *, quick: bool) -> dict[str, Any]:
         if answer.cached < blocks * BLOCK:
             raise RoomError(f"only {answer.cached} tokens were loaded: no full hit")
     for number in range(crowds):
-        engine.generate_many(_alike(long, each, 4100 + each * number), tokens=1, logprobs=0)
+        engine.generate_many(_alike(long, each, 100 + each * number), tokens=1, logprobs=0)
     at_once = read(room.calls, since)
     since = time.monotonic_ns()
     for number in range(late_crowds):
         time.sleep(RECOVERY_SECONDS)
         with _standing_still(hub, 2.0):
-            engine.generate_many(_alike(long, each, 4500 + each * number), tokens=1, logprobs=0)
+            engine.generate_many(_alike(long, each, 500 + each * number), tokens=1, logprobs=0)
     late = read(room.calls, since)
     placed = room.placed(engine)
     rows = [
@@ -244,9 +244,9 @@ def _standing_still(hub: ServerProcess, for_s: float) -> Iterator[None]:
         going_on.join()
 
 
-def _alike(long: list[int], count: int, seed: int) -> list[list[int]]:
-    """Prompts of that length which are in the engine's own cache, all but their ends."""
-    return [[*long[:-32], *prompt(seed + number, 32, DEMO)] for number in range(count)]
+def _alike(long: list[int], count: int, token: int) -> list[list[int]]:
+    """Prompts that are in the engine's own cache, all but their last tokens: `token` and on."""
+    return [[*long[:-1], token + number] for number in range(count)]
 
 
 def _call_row(answers: str, name: str, records: Records) -> dict[str, Any]:
