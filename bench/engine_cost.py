@@ -192,8 +192,8 @@ def bootstrap(ratios: Sequence[float]) -> tuple[float, float]:
 def measure_scheduler(room: Room, *, quick: bool) -> dict[str, Any]:
     """Each call by its wall time and its thread's processor time, at 8k tokens. Enough of each
     kind that a p99 is no maximum: prompts loaded whole, one by one, and crowds of prompts that the
-    engine has itself, all but the last token, whose lookups are in flight together. A hub that answers
-    after 2 s stands still for so long when a crowd comes."""
+    engine has itself, all but the last token, whose lookups are in flight together. A hub that
+    answers after 2 s stands still for so long when a crowd comes."""
     blocks, hits, crowds, late_crowds, each = (15, 3, 1, 1, 4) if quick else (63, 40, 4, 7, 16)
     hub = room.hub(host_bytes="3GiB")
     engine = room.engine(
