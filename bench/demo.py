@@ -36,7 +36,7 @@ from tests.support.tiny_models import DEMO, prompt, write_model
 PROMPT_TOKENS = (320, 450, 577, 700, 812, 900)
 OUTPUT_TOKENS = 16
 WARM_UP_TOKENS = 40  # less than a block: neither pushed nor looked up
-KV_BYTES = 256 << 20
+KV_BYTES = 1 << 30
 HOST_BYTES = 512 << 20
 DISK_BYTES = 1 << 30
 # A busy or slow machine must not turn a pull into a miss: the demo shows that pulls work, not how

@@ -8,6 +8,8 @@ output when the process began; everything that vLLM prints goes to standard erro
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -63,6 +65,10 @@ def own_process(environment: dict[str, str], streams: Streams) -> None:
     streams.take()
     # What a killed engine leaves is its own tracker's to clear away, not the fork server's.
     resource_tracker._resource_tracker._fd = None
+    # vLLM collects garbage several times while it starts; what the fork server imported is none.
+    gc.freeze()
+    if environment.get("TORCH_COMPILE_DISABLE") == "1":  # which torch read when it was imported
+        importlib.import_module("torch._dynamo.config").disable = True
 
 
 def serve(settings: dict[str, Any]) -> None:

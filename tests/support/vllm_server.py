@@ -27,7 +27,7 @@ from typing import Any, Self
 from tests.support import vllm_server_main
 from tests.support.engine_main import Streams
 from tests.support.engine_process import PRELOADED
-from tests.support.engines import EngineError
+from tests.support.engines import UNCOMPILED, EngineError
 from tests.support.kv_oracle import wait_for
 from tests.support.server import free_port
 
@@ -67,7 +67,7 @@ class VllmServer:
             "--dtype=float32",
             "--block-size=32",
             "--max-model-len=1024",
-            f"--kv-cache-memory-bytes={64 << 20}",
+            f"--kv-cache-memory-bytes={128 << 20}",
             "--no-enable-prefix-caching",
             "--enable-prompt-tokens-details",
             "--enable-log-requests",
@@ -82,11 +82,12 @@ class VllmServer:
         variables = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            **UNCOMPILED,
             # The worker lives within the engine core then, not beside it.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
+        variables.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule the cache's size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, SERVER])
         with log_path.open("a") as log, open(os.devnull) as nothing:
