@@ -85,7 +85,7 @@ class World:
 
 @pytest.fixture(scope="module", params=["tcp", pytest.param("nixl", marks=pytest.mark.slow)])
 def way(request: pytest.FixtureRequest) -> Way:
-    """Engines take two minutes to start: `make test` has time for one of these."""
+    """`make test` has time for one of these."""
     way = WAYS[request.param]
     if way.missing:
         pytest.skip(way.missing)

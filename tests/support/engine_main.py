@@ -12,6 +12,7 @@ import gc
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import queue
 import sys
@@ -53,7 +54,20 @@ def main() -> None:
 def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
     """Serve in a fork of a process that is not ours alone."""
     own_process(environment, streams)
+    if settings["tensor_parallel_size"] * settings["pipeline_parallel_size"] > 1:
+        fork_ranks()
     serve(settings)
+
+
+def fork_ranks() -> None:
+    """Engine core and ranks are forks of this process. For a CPU vLLM insists on spawning them, and
+    each then imports all of vLLM once more; everywhere else its default is a fork."""
+    for name in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
+        vars(importlib.import_module(name))["get_mp_context"] = _fork_context
+
+
+def _fork_context() -> Any:
+    return multiprocessing.get_context("fork")
 
 
 def own_process(environment: dict[str, str], streams: Streams) -> None:
@@ -69,6 +83,10 @@ def own_process(environment: dict[str, str], streams: Streams) -> None:
     gc.freeze()
     if environment.get("TORCH_COMPILE_DISABLE") == "1":  # which torch read when it was imported
         importlib.import_module("torch._dynamo.config").disable = True
+    # vLLM looks at a model's class in a process of its own, lest CUDA begin in this one: that
+    # imports all of vLLM again, once for each kind of model that its cache does not know.
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    vars(registry)["_run_in_subprocess"] = lambda look: look()
 
 
 def serve(settings: dict[str, Any]) -> None:

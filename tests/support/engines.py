@@ -135,7 +135,8 @@ class Engine:
     ) -> Engine:
         """Start the process without waiting; `wait_ready` does. `config` is kv_transfer_config,
         `options` go to `vllm.LLM`; `runner` stands before its command. `torch_threads` compute,
-        default one a core: engines that are to run side by side get in each other's way so."""
+        default one a core, and one in each of several ranks, which are bound to a core each:
+        engines that are to run side by side get in each other's way with more."""
         if log_path is None:
             handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
             os.close(handle)
@@ -152,7 +153,7 @@ class Engine:
             "tensor_parallel_size": tensor_parallel,
             "pipeline_parallel_size": pipeline_parallel,
             "kv_transfer_config": dict(config) if config else None,
-            "torch_threads": torch_threads,
+            "torch_threads": torch_threads or int(ranks > 1),
             **options,
         }
         variables = {
