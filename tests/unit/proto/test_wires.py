@@ -19,7 +19,9 @@ from kvproto import cells, wires
 from kvproto.cells import ROW_BYTES_MIN
 from kvproto.wires import Arrival, Came, Guard
 
-pytestmark = pytest.mark.skipif(not cells.NATIVE, reason="no native code: no C compiler here")
+pytestmark = pytest.mark.skipif(
+    not cells.NATIVE, reason="no native code: no C compiler, or KVSERVER_NATIVE=0"
+)
 LONG_S = 20.0
 HEAD = b"the head of a frame"
 
