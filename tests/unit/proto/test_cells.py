@@ -24,21 +24,28 @@ COMPILER = os.environ.get("CC") or next(filter(shutil.which, hatch_build.COMPILE
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+SETS = {  # of instructions, with what leaves the better ones out
+    "best": [],
+    "sse2": ["-D__builtin_cpu_supports(name)=0"],
+    "portable": ["-U__SSE2__"],
+}
+
+
+@pytest.fixture(scope="module", params=SETS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
     path = tmp_path_factory.mktemp("native") / "cells.so"
-    hatch_build.build(ROOT, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hatch_build, "FLAGS", [*hatch_build.FLAGS, *SETS[request.param]])
+        hatch_build.build(ROOT, path)
     return Library(path)
 
 
 @pytest.fixture(params=["native", "python"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    found = None
-    if request.param == "native":
-        if COMPILER is None:
-            pytest.skip("no C compiler on this machine")
-        found = request.getfixturevalue("library")
-    monkeypatch.setattr(cells, "_library", found)
+    if request.param == "native" and not cells.NATIVE:
+        pytest.skip("no C compiler on this machine")
+    if request.param == "python":
+        monkeypatch.setattr(cells, "_library", None)
     return
 
 
@@ -56,7 +63,7 @@ LENGTHS = st.one_of(
 
 
 @needs_compiler
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     length=LENGTHS, count=st.integers(0, 4), gaps=st.tuples(*[st.integers(0, 70)] * 2),
     shifts=st.tuples(*[st.integers(0, 33)] * 2), stream=st.booleans(), seed=st.integers(0, 99),
