@@ -48,4 +48,5 @@ def limits_of(settings: Settings, config: HubConfig, *, slot_bytes_max: int) -> 
         announce_ttl_ms_max=settings.announce_ttl_ms_max,
         writers_per_block_max=config.writers_per_block_max,
         slot_bytes_max=slot_bytes_max,
+        commit_names=True,
     )

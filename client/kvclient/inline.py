@@ -19,28 +19,26 @@ Rules:
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kvclient.copying import HERE_BYTES_MAX, Copier, Piece
-from kvclient.errors import KVError, Unavailable, late
+from kvclient.errors import KVError, Unavailable
 from kvclient.leases import Leases
-from kvclient.local import read_reply
-from kvclient.lookout import Lookout
+from kvclient.line import Line
 from kvclient.namespace import AsyncNamespace
-from kvclient.options import Options
 from kvclient.runner import Runner
 from kvclient.session import Link, Make, Message, Session
+from kvclient.spares import Spares
 from kvclient.streams import Stream
 from kvclient.timing import Deadline
 from kvclient.transfer.direct import Pin
-from kvclient.transfer.shm import dial
+from kvclient.writing import Reservation
 from kvproto import calls
-from kvproto.handshake import Mode, Request, Status
+from kvproto.grid import Region
 from kvproto.namespace import NamespaceSpec
 
 if TYPE_CHECKING:
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 
 BYTES_MAX = HERE_BYTES_MAX
 RETRY_S = 1.0
-_RECEIVE_BYTES = 1 << 18
 Result = TypeVar("Result")
 
 
@@ -62,17 +59,18 @@ class Inline:
         self._runner = runner
         self._using = threading.Lock()
         self._closed = False
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self._again_at = 0.0  # on the monotonic clock: no line is opened before
         self.session = _Session(self, client.session)
         self.copier = _Copies(client.copier)
         self.leases = _Leases(self, client.leases)
         self.buffers = client.buffers
         self.log = client.log
+        self._spares = Spares(self)
 
     def namespace(self, spec: NamespaceSpec) -> AsyncNamespace:
         """The namespace as it is driven here."""
-        return _Namespace(cast("AsyncClient", self), spec)
+        return Namespace(self, spec)
 
     def run(
         self,
@@ -114,6 +112,26 @@ class Inline:
 
     # ---- inside ----------------------------------------------------------------------------
 
+    def spare(self, namespace: Namespace) -> Reservation | None:
+        return None if self._line is None else self._spares.take(namespace, self._line)
+
+    def spare_left(self, spare: Reservation, *, taken: bool) -> None:
+        self._spares.left(spare, taken=taken)
+
+    @contextmanager
+    def using(self) -> Iterator[bool]:
+        """To be the one thread in here, if none is."""
+        mine = self._using.acquire(blocking=False)
+        try:
+            yield mine and not self._closed
+        finally:
+            if mine:
+                self._using.release()
+
+    def later(self, seconds: float, act: Callable[[], object]) -> None:
+        """Have the loop do something, after a while."""
+        self.post(self._runner.loop.call_later, seconds, act)
+
     def _ready(self, namespace: AsyncNamespace) -> bool:
         """Whether there is a session, a namespace and a line to work with."""
         link = self._client.session.current
@@ -127,13 +145,13 @@ class Inline:
         self.session.enter(line)
         return True
 
-    def _open(self, link: Link) -> _Line | None:
+    def _open(self, link: Link) -> Line | None:
         self._drop()
         if link.local is None or not link.transfer.mapped or time.monotonic() < self._again_at:
             return None
         self._again_at = time.monotonic() + RETRY_S
         with suppress(OSError, ValueError):  # also HandshakeError
-            self._line = _Line(link, link.local.path, self._client.session.options)
+            self._line = Line(link, link.local.path, self._client.session.options)
         if self._closed:  # it may not have seen this one
             self._drop()
         return self._line
@@ -163,91 +181,6 @@ def _drive(work: Coroutine[Any, Any, Result]) -> Result:
     raise AssertionError("a coroutine waited for a loop that it does not have")
 
 
-class _Line:
-    """A connection for calls, one at a time, used by one thread. Only `hang_up` is for others."""
-
-    def __init__(self, link: Link, path: str, options: Options) -> None:
-        """OSError and ValueError when the hub takes no more of them."""
-        self.link = link
-        self.usable = True
-        self._address = options.address
-        self._number = 0
-        self._replies = calls.ReplySplitter()
-        self._ready: list[calls.Reply] = []
-        request = Request(Mode.CALLS, link.session, link.client, link.token)
-        self._socket, answer = dial(path, request, [], options.deadline_s)
-        if answer.status is not Status.OK:
-            self._socket.close()
-            raise ConnectionRefusedError(answer.text)
-        self._lookout = Lookout(self._socket)
-
-    def takes(self, name: str, request: Message) -> bool:
-        return (
-            self.usable
-            and name in calls.BY_RPC
-            and request.ByteSize() <= calls.REQUEST_BODY_BYTES_MAX
-        )
-
-    def send(self, name: str, request: Message, deadline: Deadline) -> bool:
-        """False when the hub had hung up before: then it knows nothing of this call."""
-        self._number += 1
-        left = deadline.left()
-        frame = calls.encode_request(
-            calls.BY_RPC[name], self._number, int(1000 * left) + 1, request.SerializeToString()
-        )
-        self._socket.settimeout(max(left, 1e-3))
-        try:
-            self._socket.sendall(frame)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close()
-            return False
-        except BaseException as error:
-            self.close()
-            raise self._failed(name, error, deadline) from None
-        return True
-
-    def receive(self, name: str, deadline: Deadline) -> calls.Reply:
-        """The next reply to the call that was sent last. Unavailable, DeadlineExceeded."""
-        try:
-            while not self._ready:
-                self._lookout.look()
-                self._socket.settimeout(max(deadline.left(), 1e-3))
-                raw = self._socket.recv(_RECEIVE_BYTES)
-                if not raw:
-                    raise ConnectionResetError("the hub hung up")
-                self._ready = [r for r in self._replies.feed(raw) if r.call == self._number]
-            return self._ready.pop(0)
-        except BaseException as error:
-            self.give_up()
-            raise self._failed(name, error, deadline) from None
-
-    def message(self, name: str, reply: calls.Reply) -> Message:
-        return read_reply(name, reply, self._address)
-
-    def hang_up(self) -> None:
-        """Whoever waits here is told that the hub hung up."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def give_up(self) -> None:
-        """Take back the call that was sent last."""
-        with suppress(OSError):
-            self._socket.setblocking(False)
-            self._socket.send(calls.encode_cancel(self._number))
-        self.close()
-
-    def close(self) -> None:
-        self.usable = False
-        self._socket.close()
-
-    def _failed(self, name: str, error: BaseException, deadline: Deadline) -> BaseException:
-        if isinstance(error, TimeoutError):
-            return late(name, self._address, deadline.seconds)
-        if isinstance(error, OSError | calls.FrameError):
-            return Unavailable(f"{name} at {self._address}: {error}")
-        return error
-
-
 class _Session:
     """What `Session` is to a push or a pull, while a thread is in here; the Session itself for
     what the loop does of them afterwards.
@@ -257,11 +190,11 @@ class _Session:
         self._inline = inline
         self._session = session
         self._thread = 0  # that is in here
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self.options = session.options
         self.address = session.address
 
-    def enter(self, line: _Line) -> None:
+    def enter(self, line: Line) -> None:
         self._line, self._thread = line, threading.get_ident()
 
     def leave(self) -> None:
@@ -297,7 +230,7 @@ class _Session:
             return await asked
         return self._inline.bridge(asked, deadline, name)
 
-    def _reply(self, line: _Line, name: str, deadline: Deadline) -> calls.Reply:
+    def _reply(self, line: Line, name: str, deadline: Deadline) -> calls.Reply:
         try:
             return line.receive(name, deadline)
         except Unavailable:
@@ -321,12 +254,12 @@ class _Stream:
     """A call with many replies: over the line, or read by the loop where that does not take it."""
 
     def __init__(
-        self, inline: Inline, session: Session, line: _Line | None, link: Link, name: str,
+        self, inline: Inline, session: Session, line: Line | None, link: Link, name: str,
         request: Message,
     ) -> None:  # fmt: skip
         self._inline = inline
         self._name = name
-        self._line: _Line | None = None
+        self._line: Line | None = None
         self._loops: Stream | None = None
         self._done = False
         within = Deadline(session.options.deadline_s)
@@ -390,10 +323,22 @@ class _Leases:
         self._leases.leave(link, lease, self._inline.post)
 
 
-class _Namespace(AsyncNamespace):
+class Namespace(AsyncNamespace):
     """Deadlines are those of each call: between them it copies at most BYTES_MAX."""
 
     overlaps = False
+
+    def __init__(self, inline: Inline, spec: NamespaceSpec) -> None:
+        super().__init__(cast("AsyncClient", inline), spec)
+        self._inline = inline
+
+    def spare(self, tokens: int, region: Region, *, durable: bool) -> Reservation | None:
+        if durable or tokens != self.grid.block_tokens or region != self.grid.whole:
+            return None
+        return self._inline.spare(self)
+
+    def spare_left(self, spare: Reservation, *, taken: bool) -> None:
+        self._inline.spare_left(spare, taken=taken)
 
     @asynccontextmanager
     async def within(self, deadline: Deadline, what: str) -> AsyncIterator[None]:

@@ -47,6 +47,7 @@ class CommitVerdict(IntEnum):
     OK = 0
     GONE = 1
     MISMATCH = 2
+    TAKEN = 3  # only for a Commit that gives names
 
 
 class PushVerdict(IntEnum):
@@ -166,3 +167,4 @@ class Limits:
     announce_ttl_s_max: float
     writers_per_block_max: int
     slot_bytes_max: int
+    commit_names: bool = False  # a Commit may say which blocks it commits

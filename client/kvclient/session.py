@@ -460,6 +460,7 @@ def _limits(told: Message) -> Limits:
         announce_ttl_s_max=told.announce_ttl_ms_max / 1000,
         writers_per_block_max=told.writers_per_block_max,
         slot_bytes_max=told.slot_bytes_max,
+        commit_names=told.commit_names,
     )
 
 

@@ -34,6 +34,8 @@ from kvproto.v1 import kvserver_pb2 as pb
 if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
 
+# An enum's member is looked up by Python code, each time.
+_GONE, _TAKEN = int(CommitVerdict.GONE), int(CommitVerdict.TAKEN)
 COMMIT_BYTES_MAX = 4 << 20  # packed checksums in one Commit
 
 
@@ -75,6 +77,7 @@ class Reservation:
         mask = namespace.grid.mask(region)
         self._pending = dict.fromkeys(self.writable, mask)
         self._lost: set[int] = set()
+        self._names: tuple[bytes, bytes] = (b"", b"")  # of a commit: hashes and parents
         self._ended = not self.writable
 
     def __repr__(self) -> str:
@@ -268,6 +271,16 @@ class Reservation:
             granted=self.region,
         )
 
+    def name(self, key: bytes, parent: bytes) -> None:
+        """The one block of this reservation is to be committed as this one (`kvclient.spares`)."""
+        self._names = (key, parent)
+
+    def left_s(self) -> float:
+        """Seconds until it expires; 0 when it has ended or its session was lost."""
+        if self._ended or self._lost or self._link.lost is not None:
+            return 0.0
+        return max(0.0, self._expires - time.monotonic())
+
     async def move(
         self,
         indices: Sequence[int],
@@ -321,10 +334,10 @@ class Reservation:
             verdicts = await self._send_parts(indices, region, work, limit, deadline)
         mask = self._namespace.grid.mask(region)
         for index, verdict in zip(indices, verdicts.tolist(), strict=True):
-            if verdict == CommitVerdict.GONE:
+            if verdict == _GONE:
                 self._lost.add(index)
                 self._pending[index] = 0
-            else:
+            elif verdict != _TAKEN:
                 self._pending[index] &= ~mask
         if not any(self._pending.values()) and not self._lost:
             self._ended = True
@@ -360,6 +373,8 @@ class Reservation:
                 indices=indices.tobytes(),
                 region=region_message(region),
                 checksums=sums.tobytes(),
+                hashes=self._names[0],
+                parents=self._names[1],
             )
 
         try:

@@ -42,6 +42,7 @@ class Action(IntEnum):
     DROP = 6  # by an operator
     LAPSE = 7  # partial, and nobody writes it
     LOSE = 8  # its last copy is gone
+    NAME = 9  # its slot is another block's from here on
 
 
 TRANSITIONS: dict[tuple[int, int], BlockState] = {
@@ -56,6 +57,7 @@ TRANSITIONS: dict[tuple[int, int], BlockState] = {
     (FILLING, Action.EXPIRE): ABSENT,
     (FILLING, Action.LAPSE): ABSENT,
     (FILLING, Action.DROP): ABSENT,
+    (FILLING, Action.NAME): ABSENT,
     (COMPLETE, Action.LOSE): ABSENT,
     (COMPLETE, Action.DROP): ABSENT,
 }

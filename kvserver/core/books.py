@@ -238,6 +238,18 @@ class Books:
         if tier == HOST:
             for hook in self.host_left:
                 hook(row)
+        self._leaf(row, parent, tier)
+
+    def give_over(self, row: int, tier: Tier) -> int:
+        """The block leaves its slot, which holds nothing yet, to another one. Returns the slot."""
+        parent = self.blocks.parent[row]
+        slot = self.blocks.detach(row, tier)
+        self._leaf(row, parent, tier)
+        return slot
+
+    def _leaf(self, row: int, parent: int, tier: Tier) -> None:
+        """A block has left a tier: its parent may have become a leaf there."""
+        blocks = self.blocks
         if parent and not blocks.kids[tier][parent] and blocks.slot[tier][parent]:
             front = blocks.stamp[parent] <= blocks.stamp[row]
             self.offer(tier, blocks.slot[tier][parent], front=front)

@@ -23,11 +23,7 @@ def check_reserve(event: Reserve, namespace: Namespace, blocks: BlockTable) -> N
         raise invalid("tokens", f"{len(event.tokens)} token counts for {count} hashes", count)
     index = blocks.index[namespace.handle]
     for at, key in enumerate(event.hashes):
-        parent = event.parents[at]
-        if len(key) != HASH_BYTES or key == ROOT:
-            raise invalid("hashes", "a hash is no digest of 32 bytes", HASH_BYTES)
-        if len(parent) != HASH_BYTES or parent == key:
-            raise invalid("parents", "a parent is no digest of another block", HASH_BYTES)
+        _check_name(key, event.parents[at])
         tokens = event.tokens[at] if event.tokens else full
         if not 1 <= tokens <= full:
             raise invalid("tokens", f"a block of {tokens} tokens", full)
@@ -36,8 +32,19 @@ def check_reserve(event: Reserve, namespace: Namespace, blocks: BlockTable) -> N
             raise invalid("tokens", "the block holds another number", blocks.tokens[row])
 
 
+def _check_name(key: bytes, parent: bytes) -> None:
+    if len(key) != HASH_BYTES or key == ROOT:
+        raise invalid("hashes", "a hash is no digest of 32 bytes", HASH_BYTES)
+    if len(parent) != HASH_BYTES or parent == key:
+        raise invalid("parents", "a parent is no digest of another block", HASH_BYTES)
+
+
 def check_commit(event: Commit, reservation: Reservation, mask: int, books: Books) -> None:
-    """CoreError INVALID unless every block that the Commit names may have these cells committed."""
+    """CoreError INVALID unless every block that the Commit means may have these cells committed,
+    and may be given its name.
+    """
+    if event.hashes:
+        _check_names(event, reservation)
     for at in event.indices:
         filling = reservation.blocks.get(at)
         if filling is None:
@@ -52,6 +59,23 @@ def check_commit(event: Commit, reservation: Reservation, mask: int, books: Book
             mine = mask & filling.parts[reservation.ident]
             if mine != mask and (mine or mask & ~filling.committed):
                 raise invalid("region", "cells that the reservation does not hold", "")
+
+
+def _check_names(event: Commit, reservation: Reservation) -> None:
+    count = len(event.indices)
+    if len(event.hashes) != count:
+        raise invalid("hashes", f"{len(event.hashes)} names for {count} blocks", count)
+    if len(event.parents) != count:
+        raise invalid("parents", f"{len(event.parents)} parents for {count} hashes", count)
+    if len(set(event.hashes)) != count:
+        raise invalid("hashes", "a name is given twice", count)
+    for position, at in enumerate(event.indices):
+        _check_name(event.hashes[position], event.parents[position])
+        filling = reservation.blocks.get(at)
+        if filling is not None and not filling.gone:
+            alone = len(filling.parts) == 1 and not filling.committed
+            if not alone:
+                raise invalid("hashes", f"position {at} has other writers or committed cells", "")
 
 
 def stands(written: Written, books: Books) -> bool:

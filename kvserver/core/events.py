@@ -16,7 +16,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from kvproto.grid import Region
@@ -51,6 +51,7 @@ class CommitVerdict(IntEnum):
     OK = 0
     GONE = 1
     MISMATCH = 2  # given by the shell, which has the checksums: see CellsPresent
+    TAKEN = 3  # the name that the Commit gives is another block's
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,8 @@ class Commit:
     CellsPresent where the cells had been committed before and still stand in the same slot.
 
     A durable block's Answer comes only after its disk copy is VALID (JobDone ok).
+
+    With `hashes` and `parents`, one of each an index, it says which blocks these are: see `naming`.
     """
 
     ticket: int
@@ -196,6 +199,8 @@ class Commit:
     reservation: int
     indices: list[int]
     region: Region
+    hashes: list[bytes] = field(default_factory=list)
+    parents: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from kvserver.core.instructions import (
     EntryReserved,
     ReserveResult,
 )
+from kvserver.core.naming import Naming
 from kvserver.core.slots import SlotAction
 from kvserver.core.space import Retry, Space
 from kvserver.core.spills import Spills
@@ -73,6 +74,7 @@ class Writing:
         self._holds = holds
         self._space = space
         self._spills = spills
+        self._naming = Naming(books, holds, tails)
         self.pending: dict[int, PendingReserve] = {}
         self._lag_waiting: dict[int, PendingReserve] = {}
         self.unfinished: dict[int, PendingReserve] = {}  # go on with a Continue, the next first
@@ -217,19 +219,11 @@ class Writing:
 
     def _fill(self, pending: PendingReserve, slot: int, tokens: int) -> None:
         """A new block begins in a new slot."""
-        books, blocks, at = self._books, self._books.blocks, pending.next
-        handle = pending.namespace.handle
-        row = blocks.obtain(handle, pending.event.hashes[at])
-        self._holds.arrive(row)
-        blocks.move(row, Action.RESERVE)
-        blocks.adopt(row, blocks.obtain(handle, pending.event.parents[at]))
-        blocks.tokens[row] = tokens
-        blocks.stamp[row] = books.stamp
-        books.attach(row, HOST, slot)
-        filling = blocks.fillings[row] = Filling(row, slot)
-        filling.durable = pending.event.durable
-        if not filling.durable:
-            self._tails.begin(row)
+        event, at = pending.event, pending.next
+        filling = self._naming.begin(
+            pending.namespace.handle, event.hashes[at], event.parents[at],
+            tokens=tokens, slot=slot, durable=event.durable,
+        )  # fmt: skip
         self._add_part(pending, filling)
 
     def _add_part(self, pending: PendingReserve, filling: Filling) -> None:
@@ -324,6 +318,10 @@ class Writing:
             elif filling.gone:
                 self._commit_gone(reservation, at, filling, mask)
                 verdicts.append(CommitVerdict.GONE)
+            elif event.hashes and not self._naming.name(
+                filling, event.hashes[position], event.parents[position]
+            ):
+                verdicts.append(CommitVerdict.TAKEN)
             else:
                 verdicts.append(CommitVerdict.OK)
                 if mask & filling.parts[reservation.ident]:

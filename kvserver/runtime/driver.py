@@ -213,7 +213,10 @@ class Driver:
         parts: list[asyncio.Task[CommitResult]] = []
         for start in range(0, count, COMMIT_TURN):
             some = slice(start, start + COMMIT_TURN)
-            part = replace(event, ticket=self.ticket(), indices=event.indices[some])
+            part = replace(
+                event, ticket=self.ticket(), indices=event.indices[some],
+                hashes=event.hashes[some], parents=event.parents[some],
+            )  # fmt: skip
             parts.append(asyncio.create_task(self._commit_part(part, checksums[some], check)))
             await asyncio.sleep(0)
         results = await asyncio.gather(*parts)

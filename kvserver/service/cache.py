@@ -230,6 +230,13 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
         checksums = convert.numbers_from(
             "checksums", request.checksums, "<u8", count=len(indices) * region.cells
         ).reshape(len(indices), region.cells)
+        names: list[list[bytes]] = []
+        if request.hashes or request.parents:
+            for field in ("hashes", "parents"):
+                names.append(self._hashes(field, getattr(request, field)))
+                if len(names[-1]) != len(indices):
+                    limit = f"as many as indices ({len(indices)})"
+                    raise FieldError(field, len(names[-1]), limit)
         moves = self._node.moves
 
         def check(some: list[int]) -> None:
@@ -237,7 +244,7 @@ class CacheService(RemoteCalls, kvserver_pb2_grpc.CacheServicer):
                 moves.check_commit(request.client, request.reservation, some, region)
 
         event = events.Commit(
-            self._driver.ticket(), session.id, request.reservation, indices, region
+            self._driver.ticket(), session.id, request.reservation, indices, region, *names
         )
         result = await self._driver.commit(event, checksums, check=check)
         failpoints.hit("commit.after_valid")

@@ -8,13 +8,15 @@ Rules:
     names another is refused.
  2. A connection that ends ends its calls: each is cancelled as gRPC cancels those of a client that
     went away. A call past its deadline is cancelled too, and not answered.
- 3. A call that comes alone is begun at once, where it arrived; it becomes a task when it has to
-    wait. Calls that come together are tasks from the beginning: so a peer holds the loop up for one
-    call, and a call and its cancellation that arrive together cancel. Handlers must not ask
-    for the current task (asyncio.timeout does): before they first wait there is none.
+ 3. A call is begun at once, where it arrived; it becomes a task when it has to wait. Of calls that
+    come together only the first is, the others are tasks from the beginning: so a peer holds the
+    loop up for one call. Nor is one with a cancellation right behind it, which then cancels it.
+    Handlers must not ask for the current task (asyncio.timeout does): before they first wait there
+    is none.
  4. Who cancels a call that was answered already has not seen the answer, and nobody writes or reads
-    under what it granted: the reservation is aborted, the lease given back, by the calls that do
-    that for a client. Of so many answers that is known, of older ones it expires.
+    under what it granted: the reservation is aborted (fenced, if it has expired), the lease given
+    back, by the calls that do that for a client. Of so many answers that is known, of older ones it
+    expires.
  5. What a peer can make us hold is bounded: one frame that has not come to its end, CALLS_MAX calls
     that run, and OUT_BYTES_MAX of answers that it does not read. While answers wait, nothing more
     is read; a peer that takes none for `stall_s` is hung up on, and so is one that sends garbage.
@@ -194,7 +196,7 @@ class _Connection(asyncio.Protocol):
             if first is None:
                 return
             second = next(requests, None)
-            self._begin(first, at_once=second is None)
+            self._begin(first, at_once=second is None or second.method is not Method.CANCEL)
             if second is not None:
                 for request in itertools.chain([second], requests):
                     self._begin(request, at_once=False)
@@ -289,8 +291,15 @@ class _Connection(asyncio.Protocol):
                 del self._answered[next(iter(self._answered))]
 
     async def _take_back(self, method: Method, message: Any) -> None:
-        with contextlib.suppress(_Refused):  # it has ended meanwhile
-            await self._owner.handlers[method](message, _CONTEXT)
+        handlers = self._owner.handlers
+        with contextlib.suppress(_Refused):
+            try:
+                await handlers[method](message, _CONTEXT)
+            except _Refused:  # it has ended meanwhile; its slots may be fenced off
+                if method is Method.ABORT:
+                    ids = {"session": message.session, "client": message.client}
+                    fence = pb.FenceRequest(**ids, reservation=message.reservation)
+                    await handlers[Method.FENCE](fence, _CONTEXT)
 
     async def _stream(self, number: int, replies: AsyncGenerator[Any, None]) -> None:
         async with contextlib.aclosing(replies):

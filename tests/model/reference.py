@@ -123,6 +123,14 @@ class Reference:
             del self.reservations[reservation.ident]
         return CommitVerdict.GONE if gone else CommitVerdict.OK
 
+    def rename(self, reservation: ModelReservation, at: int, name: Name) -> None:
+        """The block is this one, which nobody else has."""
+        old, left = reservation.blocks[at]
+        reservation.blocks[at] = (name, left)
+        self.filling[name] = self.filling.pop(old)
+        self.announced.pop(name, None)
+        self.complete.discard(name)
+
     def end(self, reservation: ModelReservation, now: float, *, drained: bool) -> None:
         del self.reservations[reservation.ident]
         for at, (name, _) in reservation.blocks.items():

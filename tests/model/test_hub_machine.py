@@ -72,7 +72,8 @@ class HubMachine(WriterMachine):
     @op(8, at=pick, which=pick, window=st.sampled_from([0, 1, 30_000, 100_000]))
     def read_back(self, at: int, which: int, window: int) -> None:
         """Reads a chain that was complete once, as far as that is known."""
-        name = self.choose(sorted(self.model.complete), which)
+        known = sorted(name for name in self.model.complete if name[1] not in self.private)
+        name = self.choose(known, which)
         if name is not None and name[0] in self.handles:
             chosen = next(i for i, keys in enumerate(CHAINS) if name[1] in keys)
             span = (chosen, 0, CHAINS[chosen].index(name[1]) + 1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from kvproto.grid import Region
+from kvproto.prefix import ROOT
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.errors import CoreError
@@ -96,6 +98,7 @@ class WriterMachine(RuleBasedStateMachine):
         self.next_session = self.next_client = 1
         self.zombies: list[Writing] = []
         self.live: list[Writing] = []
+        self.private: set[bytes] = set()  # keys of slots that were reserved ahead
         self.stalled = 0.0
         self.disk_up = True
         self.open_session()
@@ -331,6 +334,68 @@ class WriterMachine(RuleBasedStateMachine):
             )  # fmt: skip
             if not exact:
                 self.model.loose.update(name for name, _ in blocks.values())
+
+    @op(4, at=pick, ns=pick, region=regions, ttl=st.floats(1, 20))
+    def reserve_ahead(self, at: int, ns: int, region: Region, ttl: float) -> None:
+        """A slot under a key that nobody else knows."""
+        chosen = self.choose([c for c in self.clients if c[0] in self.model.sessions], at)
+        if chosen is None:
+            return
+        key = sha256(f"private {len(self.private)}".encode()).digest()
+        self.private.add(key)
+        self.world.ticket += 1
+        event = ev.Reserve(
+            ticket=self.world.ticket, session=chosen[0], client=chosen[1],
+            namespace=self.choose(self.handles, ns), hashes=[key],
+            parents=[self.choose([ROOT, CHAINS[0][at % 6]], at)], tokens=[64], region=region,
+            ttl=ttl, wait=0.0, durable=False,
+        )  # fmt: skip
+        self.world.send(event)
+        answer = self.world.answers[event.ticket]
+        self.settle()
+        self.take_in(event, answer, exact=True)
+
+    @op(6, at=pick, span=spans, part=regions)
+    def commit_named(self, at: int, span: tuple[int, int, int], part: Region) -> None:
+        """What was reserved ahead is committed as a block of a chain, all of it or a part."""
+        found = self.choose([
+            (reservation, index, name, left)
+            for reservation in self.model.reservations.values()
+            for index, (name, left) in reservation.blocks.items()
+            if name[1] in self.private and name not in self.model.loose
+            and (index in reservation.gone or not self.model.filling[name].committed)
+        ], at)  # fmt: skip
+        key = CHAINS[span[0]][min(span[1], 4)]  # not a tail
+        if found is None:
+            return
+        reservation, index, old, left = found
+        cells = set(SPECS[0].grid.cell_indices(part))
+        if not cells <= left:
+            part = self.whole_part(reservation)
+            cells = set(left)
+        new = (old[0], key)
+        mine = [w for w in self.live if w.reservation == reservation.ident]
+        for writing in mine:
+            self.world.write(writing.place, key, writing.cells & cells)
+        gone = index in reservation.gone
+        result = self.ask(
+            ev.Commit, session=reservation.session, reservation=reservation.ident,
+            indices=[index], region=part, hashes=[key],
+            parents=[parents_of(CHAINS[span[0]])[min(span[1], 4)]],
+        )  # fmt: skip
+        assert isinstance(result, ins.CommitResult), result
+        verdict = result.verdicts[0]
+        unsure = new in self.model.loose or new in self.model.complete
+        if not gone and verdict is ev.CommitVerdict.TAKEN:
+            assert unsure or new in self.model.filling
+            return
+        assert gone or unsure or new not in self.model.filling
+        if not gone:
+            self.model.rename(reservation, index, new)
+        assert verdict is self.model.commit(reservation, index, cells, self.now)
+        for writing in mine + [w for w in self.zombies if w.reservation == reservation.ident]:
+            writing.key = key
+            writing.cells -= cells
 
     @op(2, at=pick)
     def write(self, at: int) -> None:

@@ -33,6 +33,7 @@ class CommitVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMMIT_VERDICT_OK: _ClassVar[CommitVerdict]
     COMMIT_VERDICT_GONE: _ClassVar[CommitVerdict]
     COMMIT_VERDICT_MISMATCH: _ClassVar[CommitVerdict]
+    COMMIT_VERDICT_TAKEN: _ClassVar[CommitVerdict]
 
 class WatchKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -56,6 +57,7 @@ RESERVE_VERDICT_NO_SPACE: ReserveVerdict
 COMMIT_VERDICT_OK: CommitVerdict
 COMMIT_VERDICT_GONE: CommitVerdict
 COMMIT_VERDICT_MISMATCH: CommitVerdict
+COMMIT_VERDICT_TAKEN: CommitVerdict
 WATCH_KIND_IDLE: WatchKind
 WATCH_KIND_RESET: WatchKind
 WATCH_KIND_BLOCKS: WatchKind
@@ -79,7 +81,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., client_name: _Optional[str] = ..., client_version: _Optional[str] = ..., tenant: _Optional[str] = ..., join_token: _Optional[bytes] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("keys_per_call_max", "reservation_ms_max", "lease_ms_max", "wait_ms_max", "window_bytes_max", "heartbeat_ms", "session_ttl_ms", "announce_ttl_ms_max", "writers_per_block_max", "slot_bytes_max")
+    __slots__ = ("keys_per_call_max", "reservation_ms_max", "lease_ms_max", "wait_ms_max", "window_bytes_max", "heartbeat_ms", "session_ttl_ms", "announce_ttl_ms_max", "writers_per_block_max", "slot_bytes_max", "commit_names")
     KEYS_PER_CALL_MAX_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_MS_MAX_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class Limits(_message.Message):
     ANNOUNCE_TTL_MS_MAX_FIELD_NUMBER: _ClassVar[int]
     WRITERS_PER_BLOCK_MAX_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_NAMES_FIELD_NUMBER: _ClassVar[int]
     keys_per_call_max: int
     reservation_ms_max: int
     lease_ms_max: int
@@ -100,7 +103,8 @@ class Limits(_message.Message):
     announce_ttl_ms_max: int
     writers_per_block_max: int
     slot_bytes_max: int
-    def __init__(self, keys_per_call_max: _Optional[int] = ..., reservation_ms_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ..., wait_ms_max: _Optional[int] = ..., window_bytes_max: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ..., announce_ttl_ms_max: _Optional[int] = ..., writers_per_block_max: _Optional[int] = ..., slot_bytes_max: _Optional[int] = ...) -> None: ...
+    commit_names: bool
+    def __init__(self, keys_per_call_max: _Optional[int] = ..., reservation_ms_max: _Optional[int] = ..., lease_ms_max: _Optional[int] = ..., wait_ms_max: _Optional[int] = ..., window_bytes_max: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ..., announce_ttl_ms_max: _Optional[int] = ..., writers_per_block_max: _Optional[int] = ..., slot_bytes_max: _Optional[int] = ..., commit_names: bool = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("name", "address", "options")
@@ -363,20 +367,24 @@ class ReserveReply(_message.Message):
     def __init__(self, reservation: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., verdicts: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., permits: _Optional[bytes] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session", "client", "reservation", "indices", "region", "checksums")
+    __slots__ = ("session", "client", "reservation", "indices", "region", "checksums", "hashes", "parents")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
     session: int
     client: int
     reservation: int
     indices: bytes
     region: Region
     checksums: bytes
-    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., reservation: _Optional[int] = ..., indices: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    hashes: bytes
+    parents: bytes
+    def __init__(self, session: _Optional[int] = ..., client: _Optional[int] = ..., reservation: _Optional[int] = ..., indices: _Optional[bytes] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., checksums: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., parents: _Optional[bytes] = ...) -> None: ...
 
 class CommitReply(_message.Message):
     __slots__ = ("verdicts", "completed")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -373,6 +373,20 @@ async def test_a_long_reserve_and_its_commit_let_others_in_between(rig: Rig) -> 
         assert entry.key == LONG[at]
         trailer = rig.host.slot(place.offset + GRID.payload_bytes(GRID.block_tokens), 8)
         assert int(trailer.view("<u8")[0]) == at * GRID.cells, "each block has its own checksums"
+
+
+async def test_the_names_of_a_long_commit_go_with_its_parts(rig: Rig) -> None:
+    reserved = await long_reserve(rig)
+    names = [bytes([at]) * 32 for at in range(100, 100 + len(LONG))]
+    event = long_commit(rig, reserved, list(range(len(LONG))))
+    event = replace(event, hashes=names, parents=[ROOT, *names[:-1]])
+    result = await rig.driver.commit(event, sums_for(len(LONG)))
+    assert result.verdicts == [ev.CommitVerdict.OK] * len(LONG)
+    for at, place in enumerate(reserved.places):
+        assert place is not None
+        entry = rig.host.read_entry(place.offset)
+        assert isinstance(entry, ValidEntry)
+        assert (entry.key, entry.parent) == (names[at], names[at - 1] if at else ROOT)
 
 
 async def test_a_long_commit_that_is_wrong_at_its_end_changes_nothing(rig: Rig) -> None:

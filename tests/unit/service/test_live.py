@@ -260,6 +260,9 @@ async def test_a_commit_whose_parts_do_not_fit_together(hub: Hub) -> None:
         ("indices", np.array([0, 99], "<u4").tobytes(), "indices"),
         ("indices", np.array([1, 1], "<u4").tobytes(), "indices"),
         ("region", pb.Region(), "region.layers"),
+        ("hashes", bytes(range(64)), "parents"),
+        ("parents", bytes(range(64)), "hashes"),
+        ("hashes", bytes(33), "hashes"),
     ):
         commit = pb.CommitRequest(**{**fields, name: value})
         await refused(hub.cache.Commit(commit), INVALID, refusal)

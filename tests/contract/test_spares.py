@@ -1,0 +1,185 @@
+"""Slots reserved ahead by runs of small pushes: that they are used, given back, and never in the
+way of what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from kvclient import Client, KVError, Namespace, spares
+from kvclient.line import Line
+from kvclient.writing import Reservation
+from kvproto import calls
+from tests.contract.conftest import eventually, host_tier
+from tests.support.payload import Blocks
+from tests.support.server import ServerProcess, start_server
+
+BLOCKS = Blocks(layers=4, heads=2, page_bytes=2048)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with start_server(tmp_path_factory.mktemp("spares"), host_bytes="64MiB") as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: ServerProcess) -> Iterator[Client]:
+    with Client.connect(hub.address) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def cores_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs on this machine."""
+    monkeypatch.setattr(Line, "crowded", False)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that a pusher waits for, by name."""
+    names: list[str] = []
+    receive = Line.receive
+
+    def noted(self: Line, name: str, deadline: Any) -> calls.Reply:
+        names.append(name)
+        return receive(self, name, deadline)
+
+    monkeypatch.setattr(Line, "receive", noted)
+    return names
+
+
+def push_run(namespace: Namespace, seed: int, count: int) -> list[bytes]:
+    """Pushes a chain, one block a call. Its keys."""
+    keys = BLOCKS.chain(seed, count)
+    payloads = BLOCKS.payloads(keys)
+    for at, key in enumerate(keys):
+        parents = [keys[at - 1]] if at else None
+        assert namespace.push([key], payloads[at : at + 1], parents=parents).written == 1
+    return keys
+
+
+def all_there(namespace: Namespace, keys: list[bytes]) -> None:
+    assert namespace.lookup(keys).usable_blocks == len(keys)
+    out = BLOCKS.out(len(keys))
+    found = namespace.pull(keys, out).found
+    assert found.all()
+    assert BLOCKS.wrong(keys, out, found) == []
+
+
+def answers(namespace: Namespace) -> bool:
+    with suppress(KVError):
+        namespace.lookup(BLOCKS.chain(0, 1))
+        return True
+    return False
+
+
+def none_left(hub: ServerProcess) -> bool:
+    tier = host_tier(hub)
+    return tier.slots_filling == tier.slots_quarantined == 0
+
+
+def test_a_run_of_pushes_waits_for_its_commits_only(client: Client, waits: list[str]) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    keys = push_run(namespace, 1, 40)
+    assert waits.count("Commit") == 40
+    assert waits.count("Reserve") <= 10  # the first few; one that a loaded machine answers late
+    all_there(namespace, keys)
+
+
+def test_where_cores_are_not_free_none_is_taken_ahead(
+    client: Client, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Line, "crowded", True)
+    push_run(client.open_namespace(BLOCKS.spec), 20, 20)
+    assert waits.count("Reserve") == waits.count("Commit") == 20
+
+
+def test_slots_go_back_when_a_run_has_ended(hub: ServerProcess, client: Client) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 2, 20)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    push_run(namespace, 3, 20)
+    other = client.open_namespace(Blocks(layers=4, heads=2, page_bytes=2048, name="other").spec)
+    push_run(other, 4, 5)  # what the first one had is not left behind
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+
+
+def test_a_closed_client_leaves_none(hub: ServerProcess) -> None:
+    with Client.connect(hub.address) as pusher:
+        push_run(pusher.open_namespace(BLOCKS.spec), 5, 20)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+
+
+def test_a_block_that_others_pushed_meanwhile_is_present(
+    hub: ServerProcess, client: Client
+) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 6, 10)
+    keys = BLOCKS.chain(7, 6)
+    with Client.connect(hub.address) as other:
+        assert other.open_namespace(BLOCKS.spec).push(keys, BLOCKS.payloads(keys)).written == 6
+    push_run(namespace, 8, 10)
+    for at, key in enumerate(keys):  # other bytes under the same key: the first stay
+        wrong = BLOCKS.payloads(BLOCKS.chain(9, 1))
+        assert namespace.push([key], wrong, parents=[keys[at - 1]] if at else None).present == 1
+    all_there(namespace, keys)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+
+
+def test_one_that_expired_before_its_commit_costs_nothing(
+    hub: ServerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stop of the process in mid-push: the hub has given the slot up."""
+    monkeypatch.setattr(spares, "TTL_S", 0.4)
+    monkeypatch.setattr(spares, "MARGIN_S", 0.3)
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 10, 10)
+    move = Reservation.move
+
+    async def slowly(self: Reservation, *arguments: Any) -> Any:
+        work = await move(self, *arguments)
+        if self._names[0]:
+            eventually(lambda: self.left_s() == 0.0, "it expires", seconds=5.0)
+        return work
+
+    monkeypatch.setattr(Reservation, "move", slowly)
+    keys = push_run(namespace, 11, 4)
+    all_there(namespace, keys)
+    eventually(lambda: none_left(hub), "they are fenced", seconds=5.0)
+
+
+def test_where_slots_are_few_none_is_taken_ahead(
+    tmp_path_factory: pytest.TempPathFactory, waits: list[str]
+) -> None:
+    """Two of 60 would be more than a 32nd."""
+    size = 60 * BLOCKS.payload_bytes
+    with (
+        start_server(tmp_path_factory.mktemp("few"), host_bytes=size) as server,
+        Client.connect(server.address) as client,
+    ):
+        namespace = client.open_namespace(BLOCKS.spec)
+        all_there(namespace, push_run(namespace, 12, 20))
+        assert waits.count("Reserve") == waits.count("Commit") == 20
+
+
+def test_a_killed_hub_ends_a_run_and_its_successor_begins_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    directory = tmp_path_factory.mktemp("killed")
+    with start_server(directory, host_bytes="64MiB") as server:
+        client = Client.connect(server.address, deadline_s=20.0)
+        namespace = client.open_namespace(BLOCKS.spec)
+        keys = push_run(namespace, 13, 20)
+        server.kill()
+        with pytest.raises(KVError):
+            push_run(namespace, 14, 2)
+        server.start()
+        eventually(lambda: answers(namespace), "it connects again", seconds=20.0)
+        all_there(namespace, keys)
+        all_there(namespace, push_run(namespace, 15, 20))
+        client.close()
