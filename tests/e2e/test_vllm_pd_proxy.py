@@ -143,7 +143,7 @@ def test_constraints_are_ds_alone_and_hold(cluster: Cluster, answers: dict[str, 
 def test_a_stream_reaches_the_client_as_d_wrote_it(cluster: Cluster) -> None:
     stream = raw(cluster.proxy.url, *chat(40, stream=True, ignore_eos=True))
     events = stream.decode().split("\n\n")
-    assert len(events) > 10  # it came in pieces, a token or a few each
+    assert len(events) > 4  # it came in pieces, how many tokens each the machine decides
     assert events[-2:] == ["data: [DONE]", ""]
 
 
