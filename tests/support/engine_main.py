@@ -54,7 +54,8 @@ def main() -> None:
 def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
     """Serve in a fork of a process that is not ours alone."""
     own_process(environment, streams)
-    if settings["tensor_parallel_size"] * settings["pipeline_parallel_size"] > 1:
+    # With stages too, four ranks that are forks pulled nothing: a hub's answers came seconds late.
+    if settings["tensor_parallel_size"] > 1 and settings["pipeline_parallel_size"] == 1:
         fork_ranks()
     serve(settings)
 
