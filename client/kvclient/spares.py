@@ -12,7 +12,7 @@ Rules:
  3. And only where cores are free: then the hub works while the client copies. Where they are not,
     one turn for two calls costs more than it saves.
  4. They are asked for along with a call that is made anyway, and nobody waits for them.
- 5. When a run ends they go back, after IDLE_S at the latest 2 * IDLE_S.
+ 5. When a run ends they go back, at most 2 * IDLE_S after its last push.
  6. Where a name is taken, or there is no space, the run is over, and the next one has to be twice
     as long: what is there already is better found before the copy.
 """
