@@ -110,7 +110,7 @@ class Inline:
     def pin(self, blocks: Iterable[Any]) -> Pin:
         return self._client.pin(blocks)
 
-    # ---- inside ----------------------------------------------------------------------------
+    # ---- what runs of small pushes ask for (`kvclient.spares`) -----------------------------
 
     def spare(self, namespace: Namespace) -> Reservation | None:
         return None if self._line is None else self._spares.take(namespace, self._line)
@@ -131,6 +131,8 @@ class Inline:
     def later(self, seconds: float, act: Callable[[], object]) -> None:
         """Have the loop do something, after a while."""
         self.post(self._runner.loop.call_later, seconds, act)
+
+    # ---- inside ----------------------------------------------------------------------------
 
     def _ready(self, namespace: AsyncNamespace) -> bool:
         """Whether there is a session, a namespace and a line to work with."""

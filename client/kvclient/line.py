@@ -111,10 +111,14 @@ class Line:
         return reply
 
     def poll(self) -> None:
-        """Read what has arrived."""
-        with suppress(OSError, calls.FrameError):  # whoever calls next is told
+        """Read what has arrived. A line that is broken is of no use to the next call either."""
+        try:
             self._socket.setblocking(False)
             self._take_in(self._socket.recv(_RECEIVE_BYTES))
+        except BlockingIOError:
+            pass
+        except (OSError, calls.FrameError):
+            self.give_up()
 
     def cancel(self, sent_along: Iterable[int]) -> None:
         """Take back calls that were sent along, whether they are answered or not."""

@@ -4,6 +4,7 @@ way of what is right.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -183,3 +184,19 @@ def test_a_killed_hub_ends_a_run_and_its_successor_begins_one(
         all_there(namespace, keys)
         all_there(namespace, push_run(namespace, 15, 20))
         client.close()
+
+
+def test_a_line_that_brings_garbage_is_used_no_more(client: Client) -> None:
+    """What arrived is read between two pushes, too: what is no frame of the hub's ends the line."""
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 16, 10)
+    line = client.inline._line
+    assert line is not None
+    ours, theirs = socket.socketpair()
+    with theirs:
+        line._socket.close()
+        line._socket = ours
+        theirs.sendall(b"\xff" * 64)
+        line.poll()
+        assert not line.usable
+    all_there(namespace, push_run(namespace, 17, 10))
