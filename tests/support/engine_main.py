@@ -25,6 +25,7 @@ from typing import Any
 
 PHASE_S = 60.0
 RESET_S = 30.0
+YIELD_S = 1e-4
 
 
 class Streams:
@@ -54,17 +55,21 @@ def main() -> None:
 def forked(settings: dict[str, Any], environment: dict[str, str], streams: Streams) -> None:
     """Serve in a fork of a process that is not ours alone."""
     own_process(environment, streams)
-    # With stages too, four ranks that are forks pulled nothing: a hub's answers came seconds late.
-    if settings["tensor_parallel_size"] > 1 and settings["pipeline_parallel_size"] == 1:
+    if settings["tensor_parallel_size"] * settings["pipeline_parallel_size"] > 1:
         fork_ranks()
     serve(settings)
 
 
 def fork_ranks() -> None:
     """Engine core and ranks are forks of this process. For a CPU vLLM insists on spawning them, and
-    each then imports all of vLLM once more; everywhere else its default is a fork."""
+    each then imports all of vLLM once more; everywhere else its default is a fork.
+
+    Waiting for their next step they sleep. vLLM's ranks yield instead, over and over, and Linux 6.18
+    with autogroups then runs nothing else: hubs and other engines stood still for five seconds."""
     for name in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
         vars(importlib.import_module(name))["get_mp_context"] = _fork_context
+    broadcast = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
+    vars(broadcast)["sched_yield"] = lambda: time.sleep(YIELD_S)
 
 
 def _fork_context() -> Any:
