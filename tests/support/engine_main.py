@@ -64,8 +64,8 @@ def fork_ranks() -> None:
     """Engine core and ranks are forks of this process. For a CPU vLLM insists on spawning them, and
     each then imports all of vLLM once more; everywhere else its default is a fork.
 
-    Waiting for their next step they sleep. vLLM's ranks yield instead, over and over, and Linux 6.18
-    with autogroups then runs nothing else: hubs and other engines stood still for five seconds."""
+    Waiting for their next step they sleep. vLLM's ranks yield instead, over and over, and Linux
+    6.18 with autogroups then runs nothing else: hubs and engines stood still for five seconds."""
     for name in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
         vars(importlib.import_module(name))["get_mp_context"] = _fork_context
     broadcast = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
