@@ -14,7 +14,7 @@ Rules:
     loop's thread, where slots are freed, and again by the agent's thread before each post.
  3. Bytes that arrived are hashed before they are answered as OK: a reader's mismatch must mean
     that something happened to the arena. What is whole is hashed while the rest still moves, out of
-    the cache that the copy left it in, and not by this process (`kvserver.transfer.hashing`).
+    the cache that the copy left it in, and beside the loop (`kvserver.transfer.hashing`).
  4. A Move that is not terminal at its deadline is answered without its fence, stopped, and kept
     until it is. Until then the client is not idle, so its slots stay in quarantine.
  5. A move number is used once; `settle` also bars numbers that have not arrived yet.
@@ -125,6 +125,7 @@ class Moves:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._hashing = hashing
+        # The agent's thread starts this one, which so steps back as it does.
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="nixl-hash")
         self.moves = 0
         self.moves_late = 0

@@ -1,9 +1,10 @@
-"""Checksums of what arrived in the arena, by a process of their own.
+"""Checksums of what arrived in the arena, beside the loop.
 
-A thread of the server would hold the interpreter's lock for every cell of 64 KiB or less, and so
-take turns with the loop: an empty call beside a full client took half as long again at the median
-as beside none (docs/performance.md). The process maps the arena, is told where to look, and
-answers with checksums; what they should be, and what follows, is for the server.
+Native code hashes without the interpreter's lock, so where it is (`kvproto.cells.NATIVE`) the
+thread that asks does it. Without, that thread would hold the lock for every cell of 64 KiB or less,
+and so take turns with the loop: an empty call beside a full client took half as long again at the
+median as beside none (docs/adr/0010). Then a process does it: it maps the arena, is told where to
+look, and answers with checksums; what they should be, and what follows, is for the server.
 
     request = 'kvha' | u32 count | u32 layers | u32 heads | region 4 x u32
               | count x (u64 offset | u64 cell_bytes)
@@ -31,6 +32,7 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from kvproto.cells import NATIVE
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Place
 from kvproto.grid import Region
@@ -52,13 +54,16 @@ class Hashing:
 
     def __init__(
         self, arena: SharedArena, slot: Callable[[int, int], Bytes], *, nice: int,
-        log: logging.Logger, clock: Callable[[], float] = time.monotonic,
+        log: logging.Logger, native: bool = NATIVE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """`slot(offset, bytes)` gives a view of the arena; `nice` is the process's."""
+        """`slot(offset, bytes)` gives a view of the arena; `nice` is the process's, of
+        which there is none where code is `native`."""
         self._arena = arena
         self._slot = slot
         self._nice = nice
         self._log = log
+        self._native = native
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -70,7 +75,10 @@ class Hashing:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process, without waiting for it. OSError when that cannot be."""
+        """Start the process, where there is to be one, without waiting for it. OSError when that
+        cannot be."""
+        if self._native:
+            return
         self._start_at = self._clock() + RESTART_S
         ours, theirs = socket.socketpair()
         try:
@@ -108,6 +116,8 @@ class Hashing:
 
     def sums(self, region: Region, places: Sequence[Place]) -> Numbers:
         """[places, cells of the region]: as they stand. The places are of one grid."""
+        if self._native:
+            return sums_here(self._slot, region, places)
         if self._socket is None and self._clock() >= self._start_at:
             with suppress(OSError):
                 self.start()

@@ -1,4 +1,4 @@
-"""The process that hashes what arrived: what it answers, and what its loss costs."""
+"""Who hashes what arrived: what it answers, and what the loss of the process costs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvproto.checksum import cell_checksums
 from kvproto.frames import Place
 from kvproto.grid import Region
 from kvserver.tiers.host import HostArena
@@ -38,7 +39,8 @@ def arena(tmp_path: Path) -> Iterator[HostArena]:
 
 @pytest.fixture
 def hasher(arena: HostArena) -> Iterator[Hashing]:
-    hasher = Hashing(arena, arena.slot, nice=0, log=logging.getLogger("test"), clock=lambda: 0.0)
+    log = logging.getLogger("test")
+    hasher = Hashing(arena, arena.slot, nice=0, log=log, native=False, clock=lambda: 0.0)
     hasher.start()
     yield hasher
     hasher.close()
@@ -56,6 +58,18 @@ def test_checksums_are_of_the_cells_as_they_stand(
         arena.slot(first, 1)[0] ^= 1  # seen the next time
         assert not np.array_equal(found, sums_here(arena.slot, region, PLACES))
     assert hasher.pid is not None, "it was the process that answered"
+
+
+def test_native_code_needs_no_process(arena: HostArena) -> None:
+    native = Hashing(arena, arena.slot, nice=0, log=logging.getLogger("test"), native=True)
+    native.start()
+    assert native.pid is None
+    found = native.sums(WHOLE, PLACES)
+    for sums, place in zip(found, PLACES, strict=True):
+        slot = arena.slot(place.offset, place.payload_bytes)
+        assert sums.tolist() == cell_checksums(slot, place.cell_bytes).tolist()
+    assert native.pid is None
+    native.close()
 
 
 def test_without_the_process_the_caller_hashes(
