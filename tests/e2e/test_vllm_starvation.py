@@ -121,6 +121,7 @@ def test_twenty_four_equal_prompts_are_pulled_once(small: Small) -> None:
 def test_thirty_mixed_requests_drain_and_give_every_block_back(small: Small) -> None:
     small.engine.reset_prefix_cache()
     free = small.engine.free_blocks()
+    assert free == FEW_BLOCKS - 1, "what `kv_bytes` makes, less vLLM's null block"
     hits = [prompt(60 + n, 300 + 64 * n) for n in range(5)]
     wanted = [small.write(tokens) for tokens in hits]
     others = [prompt(80 + n, 40 + 60 * n) for n in range(10)]

@@ -12,9 +12,10 @@ Rules:
      step would change it under the push. Without one, blocks of such an engine are of no use.
   5. Pushes of requests that are over may pin a bounded share of the pool.
   6. What a request leaves unnamed when it ends stays pinned, and later steps name it: in the order
-     in which requests ended, so many blocks a step less those of requests that go on, and all of it
-     `pin_ms` after the end at the latest. The engine keeps stepping for it; it is announced still.
-     Nothing is left of a request that was aborted, and of no request once the namespace is.
+     in which requests ended, so many blocks a step less those of requests that go on, and from
+     `pin_ms` after the end so many a step whatever those take. The engine keeps stepping for it; it
+     is announced still. Nothing is left of a request that was aborted, and of no request once the
+     namespace is.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Ended:
     tracked: Tracked
     tables: Sequence[Sequence[int]]
     until: float
-    """From this instant on a step names all of it."""
+    """From this instant on requests that go on do not come before it."""
 
 
 class Saves:
@@ -150,14 +151,16 @@ class Saves:
         return [block for block in found if block != null] if null in found else found
 
     def _of_ended(self, room: int) -> list[SaveJob]:
-        """Jobs for what this step names of requests that are over: `room` blocks, or more where
-        their time is over or somebody waits for them."""
+        """Jobs for what this step names of requests that are over: `room` blocks, as many as a step
+        may where the time of the first is over, and all of what somebody waits for."""
         jobs, now = list[SaveJob](), self._common.clock()
+        if now >= self._ended[0].until:
+            room = STEP_BLOCKS
         while self._ended:
             one = self._ended[0]
             tracked, start = one.tracked, one.tracked.saved
             stop = tracked.completed
-            if now < one.until and not tracked.hands_off:
+            if not tracked.hands_off:
                 stop = min(stop, start + room)
             if stop == start:
                 break

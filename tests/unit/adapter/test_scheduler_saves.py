@@ -152,8 +152,38 @@ def test_requests_that_go_on_are_named_before_those_that_ended() -> None:
         world.now += 0.05
     world.now += 0.25
     first, late = world.step(b=STEP_BLOCKS * BLOCK).saves
-    assert [block.hash for block in late.blocks] == ended.hashes()[STEP_BLOCKS:]
+    assert [block.hash for block in late.blocks] == ended.hashes()[STEP_BLOCKS : 2 * STEP_BLOCKS]
     assert [block.request for block in first.blocks] == ["b"] * STEP_BLOCKS
+
+
+def test_many_requests_whose_time_is_over_are_named_a_little_by_each_step() -> None:
+    """Where a step took longer than pins live, the next one named all that had ended in it."""
+    world = World(blocks=20_000)
+    requests = []
+    for number in range(4):
+        tokens = (2 * STEP_BLOCKS + 5) * BLOCK
+        request = world.new(FakeRequest(f"r{number}", tokens, seed=number), usable=0)
+        world.alloc(request)
+        requests.append(request)
+    computed = {request.request_id: request.num_prompt_tokens for request in requests}
+    jobs = world.step(**computed).saves
+    for request in requests:
+        request.num_computed_tokens = request.num_prompt_tokens
+        request.all_token_ids.append(7)
+        end(world, request)
+    left = [key for request in requests for key in request.hashes()[STEP_BLOCKS:]]
+    world.now += 1.0
+    named: list[bytes] = []
+    while len(named) < len(left):
+        new = world.step().saves
+        count = sum(len(job.blocks) for job in new)
+        assert 0 < count <= STEP_BLOCKS
+        named += [block.hash for job in new for block in job.blocks]
+        jobs += new
+    assert named == left, "in the order in which requests ended"
+    world.report(saved={job.job: 1 for job in jobs})
+    assert taken(world) == 0
+    assert not world.half.has_pending_work
 
 
 def test_of_what_a_request_leaves_an_equal_push_is_not_made_twice() -> None:
