@@ -37,6 +37,7 @@ class FakeHub:
         self.loop = asyncio.new_event_loop()
         self.opened.append(self)
         self.responsive = True
+        self.woken = 0
         self.lookups: list[tuple[list[bytes], float, asyncio.Future[Answer | None]]] = []
         self.announced: list[list[bytes]] = []
         self.withdrawn: list[list[bytes]] = []
@@ -50,6 +51,7 @@ class FakeHub:
         self.loop.close()
 
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
+        self.woken += 1
         self.loop.create_task(work)
 
     async def lookup(
@@ -148,13 +150,20 @@ class World:
     def new(self, request: FakeRequest, *, usable: int | None = None) -> FakeRequest:
         """A request arrives; with `usable`, its lookup is answered at once."""
         self.half.on_new_request(request)
-        self.hub.turn()
+        self.ask()
         if usable is not None:
             self.hub.answer(usable)
         return request
 
     def match(self, request: FakeRequest, computed: int = 0) -> tuple[int | None, bool]:
-        return self.half.matched_tokens(request, computed)
+        matched = self.half.matched_tokens(request, computed)
+        self.ask()
+        return matched
+
+    def ask(self) -> None:
+        """What the next step would ask the hub, at once."""
+        self.half._common.send()
+        self.hub.turn()
 
     def alloc(self, request: FakeRequest, tokens: int = 0) -> list[int]:
         """Allocate a table for the whole request and tell the half, like the scheduler."""

@@ -3,8 +3,9 @@
 `Common` is written by the scheduler half only (see scheduler.py); lookups.py, loads.py and saves.py
 read it.
 
-Rule: what the hub is told and nobody waits for goes out at the end of the step's orders, all of it
-at once. To wake the hub's thread takes longer than most calls of this half.
+Rule: what the hub is told or asked goes out at the end of the step's orders, all of it at once. To
+wake the hub's thread takes longer than most calls of this half, and it comes to nothing before the
+engine's thread rests: vLLM takes requests in between two steps, and a step follows at once.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Tracked:
         self.hands_off = bool(params.get("do_remote_decode"))
         self.handed = bool(params.get("do_remote_prefill"))
         self.request = request
+        self.name: str = request.request_id
         self.chain = chain
         self.reply: tuple[int, Answer | None] | None = None
         self.asks = 0
@@ -107,6 +109,13 @@ class Tracked:
             return [*self.chain.hashes[start : self.chain.prompt_blocks], self.chain.tail]
         return self.chain.hashes[start:stop]
 
+    def outlive(self) -> None:
+        """The request is over, and some of its blocks are saved yet. It is the engine's, and the
+        engine's to let go of."""
+        assert self.chain is not None
+        self.chain.outlive(self.completed)
+        self.request = None
+
     @property
     def pending(self) -> bool:
         return self.asks > 0 and self.answer is None and not self.missed
@@ -137,13 +146,13 @@ class Common:
     words: list[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[Any, ...]]] = field(
         default_factory=list
     )
-    """What the hub is to be told with the next step."""
+    """What the hub is to be told and asked with the next step."""
 
     def tell(self, word: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         self.words.append((word, args))
 
     def send(self) -> None:
-        """Have the hub's thread say what it was told to."""
+        """Have the hub's thread say what it was told to, and ask."""
         if self.words:
             self.hub.submit(_say(self.words))
             self.words = []
@@ -204,7 +213,7 @@ class Common:
             starts = range(0, stop - first, whole)
             pages = [one for at in starts for ids in groups for one in ids[at : at + whole]]
         return Run(
-            tracked.request.request_id,
+            tracked.name,
             chain.parent(blocks.start),
             hashes,
             pages,

@@ -57,7 +57,7 @@ class Fetches:
 
     def begin(self, tracked: Tracked, start: int, stop: int, wait_s: float) -> None:
         """Order the blocks [start, stop); what has not come within `wait_s` will not be taken."""
-        request, now = tracked.request.request_id, self._common.clock()
+        request, now = tracked.name, self._common.clock()
         block, keys = self._common.block, tracked.keys(start, stop)
         tokens = [block] * (stop - start)
         tokens[-1] = self._common.covered(tracked, stop) - (stop - 1) * block
@@ -69,10 +69,10 @@ class Fetches:
 
     def covers(self, tracked: Tracked, start: int) -> bool:
         """Whether its fetch begins early enough for a load from block `start` on."""
-        return self._active[tracked.request.request_id].start <= start
+        return self._active[tracked.name].start <= start
 
     def of(self, tracked: Tracked) -> Fetch | None:
-        return self._active.get(tracked.request.request_id)
+        return self._active.get(tracked.name)
 
     def take_orders(self) -> tuple[list[FetchJob], list[str]]:
         """Fetches and drops that the ranks have not heard of."""
@@ -91,12 +91,12 @@ class Fetches:
 
     def usable(self, tracked: Tracked, now: float) -> int | None:
         """Blocks that a load may be planned with; None while it is worth waiting for more."""
-        fetch = self._active[tracked.request.request_id]
+        fetch = self._active[tracked.name]
         reports = list(fetch.ranks.values())
         heard = len(reports) == self._ranks
         if heard and any(progress.refused for progress in reports):
             tracked.fetch_refused = True
-            self.drop(tracked.request.request_id)
+            self.drop(tracked.name)
             return None
         if heard and all(progress.near for progress in reports):
             return fetch.stop
@@ -115,15 +115,17 @@ class Fetches:
         quiet = now - max(fetch.progress_at, fetch.asked_at)
         if quiet >= self._common.writer_stall_s / ASKS and not fetch.asking:
             fetch.asked_at, fetch.asking = now, True
-            self._common.hub.submit(self._hear(tracked, fetch))
+            self._common.tell(self._hear, tracked, fetch)
 
     async def _hear(self, tracked: Tracked, fetch: Fetch) -> None:
         """Runs on the hub's thread."""
         common, keys = self._common, tracked.keys(0, tracked.asked_blocks)
+        sections = common.sections
         try:
-            answer = await common.hub.lookup(common.sections, keys, 0.0, tail=tracked.tail)
-            if answer is not None:
-                fetch.heard = answer.committed
+            if sections:  # the namespace was not left meanwhile
+                answer = await common.hub.lookup(sections, keys, 0.0, tail=tracked.tail)
+                if answer is not None:
+                    fetch.heard = answer.committed
         finally:
             fetch.asking = False
 

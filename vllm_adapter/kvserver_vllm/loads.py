@@ -99,7 +99,7 @@ class Loads:
         wanted = tracked.keys(computed // self._common.block, usable)
         if self._claims.keys().isdisjoint(wanted):
             return False
-        mine = tracked.request.request_id
+        mine = tracked.name
         return any(self._claims.get(key, mine) != mine for key in wanted)
 
     def claim(self, request: str, keys: Sequence[bytes]) -> None:
@@ -132,7 +132,7 @@ class Loads:
         """The engine gave blocks to a request whose `tokens` come from the hub, or from a fetch: as
         many as it was offered, or fewer."""
         common = self._common
-        request = tracked.request.request_id
+        request = tracked.name
         begin, stop = tracked.matched_from, tracked.matched_to
         if tokens < tracked.offered:
             stop = begin + tokens

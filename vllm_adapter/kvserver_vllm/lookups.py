@@ -58,7 +58,7 @@ class Lookups:
         unfinished = prompt % common.block > 0 and blocks == prompt // common.block
         tracked.tail = unfinished and tracked.handed and common.tails
         tracked.asked_blocks = blocks + tracked.tail
-        common.hub.submit(self._look_up(tracked, tracked.asks, blocks, pin_s, wanted))
+        common.tell(self._look_up, tracked, tracked.asks, blocks, pin_s, wanted)
 
     async def _look_up(
         self, tracked: Tracked, ask: int, blocks: int, pin_s: float, wanted: bool
@@ -74,15 +74,16 @@ class Lookups:
             if tracked.tail or tracked.hands_off:
                 tracked.chain.extend_to_tail()
             hashes = tracked.keys(0, blocks + tracked.tail)
-            if wanted and hashes:
+            sections = common.sections  # none: the namespace was left meanwhile
+            if wanted and hashes and sections:
                 started = common.clock()
-                answer = await common.hub.lookup(common.sections, hashes, pin_s, tail=tracked.tail)
+                answer = await common.hub.lookup(sections, hashes, pin_s, tail=tracked.tail)
                 common.count("lookups")
                 if answer is None:
                     common.count("lookups_failed")
                 common.log.write(
                     "lookup",
-                    request=tracked.request.request_id,
+                    request=tracked.name,
                     blocks=len(hashes),
                     usable=answer.usable if answer else None,
                     live=answer.live if answer else None,
@@ -160,7 +161,7 @@ class Lookups:
     def _fetched(self, tracked: Tracked, computed: int, now: float) -> tuple[int | None, bool]:
         """A fetch runs: wait for it without blocks, or plan a load of what it has."""
         if not self._fetches.covers(tracked, computed // self._common.block):
-            self._fetches.drop(tracked.request.request_id)  # the engine's own cache has shrunk
+            self._fetches.drop(tracked.name)  # the engine's own cache has shrunk
             self._ask(tracked, pin_s=PIN_S)
             return self._later(tracked, now)
         usable = self._fetches.usable(tracked, now)
@@ -170,7 +171,7 @@ class Lookups:
         tokens = covered - self._held_back(tracked, covered) - computed
         if tokens < self._least(tracked, computed):
             tracked.missed = True
-            self._fetches.drop(tracked.request.request_id)
+            self._fetches.drop(tracked.name)
             return 0, False
         if self._loads.must_queue(tracked, usable, computed):
             return self._later(tracked, now)

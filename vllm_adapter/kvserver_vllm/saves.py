@@ -130,6 +130,7 @@ class Saves:
             tracked.put_off = self._pins.orphans > self._orphans_max()
             if not tracked.put_off and self._known(tracked, tracked.completed):
                 until = self._common.clock() + self._common.settings.pin_ms / 1e3
+                tracked.outlive()
                 one = Ended(tracked, tables, until)
                 self._pins.hold(self._held(one, tracked.saved, None))
                 self._ended.append(one)
@@ -170,7 +171,7 @@ class Saves:
             runs = self._completed(tracked, stop, False, one.tables)
             self._ordered(tracked, runs, now)
             jobs += self._jobs([new for run in runs for new in self._new(run, set())])
-            self._pins.orphan(tracked.request.request_id)
+            self._pins.orphan(tracked.name)
             whole = stop == tracked.completed
             self._pins.let_go(self._held(one, start, None if whole else stop))
             if whole:
@@ -219,7 +220,7 @@ class Saves:
     def _runs(self, output: Any, requests: dict[str, Tracked]) -> list[Run]:
         """Blocks that are complete after this step, and that no other push has."""
         found: list[Run] = []
-        now, room = self._common.clock(), STEP_BLOCKS
+        now, room, block = self._common.clock(), STEP_BLOCKS, self._common.block
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
@@ -227,10 +228,12 @@ class Saves:
                 continue
             request = tracked.request
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
-            full = tracked.completed = computed // self._common.block
+            full = tracked.completed = computed // block
             if not tracked.hands_off:
-                own = scheduled // self._common.block
+                own = scheduled // block
                 full = min(full, tracked.saved + min(STEP_BLOCKS, room + own))
+                if full <= tracked.saved:
+                    continue
             tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
             if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
                 continue

@@ -137,7 +137,7 @@ class SchedulerHalf:
         if tracked is None:
             return
         if tokens > 0:
-            fetched = self._fetches.landing(tracked.request.request_id)
+            fetched = self._fetches.landing(tracked.name)
             self._loads.start(tracked, tables, tokens, fetched=fetched)
         else:
             self._saves.announce(tracked)
@@ -179,16 +179,14 @@ class SchedulerHalf:
 
     def _prompt_tokens(self, output: Any) -> int:
         """Tokens of prompts that this step computes."""
-        tokens = 0
+        tokens, log = 0, self._common.log
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
             if tracked is not None:
                 left = tracked.request.num_prompt_tokens - tracked.request.num_computed_tokens
                 tokens += max(0, min(scheduled, left))
-                if left > 0 and self._common.log.on:
-                    self._common.log.write(
-                        "scheduled", request=request_id, tokens=scheduled, left=left
-                    )
+                if left > 0 and log.on:
+                    log.write("scheduled", request=request_id, tokens=scheduled, left=left)
         return tokens
 
     def ranks_reported(self, report: RankReport | None, received: set[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvserver_vllm.chain import Chain
 from kvserver_vllm.messages import RankReport
 from kvserver_vllm.saves import STEP_BLOCKS
 from tests.support.scheduler_world import ENGINE_BLOCK, FakeHub, FakeRequest, World
@@ -97,9 +98,11 @@ def life(
     world = clocked.world
     request = FakeRequest(f"r{number}", tokens, seed=number)
     clocked("on_new_request", request)
-    world.hub.turn()
     matched = clocked("matched_tokens", request, 0)
     assert matched == (None, False)
+    empty = SimpleNamespace(num_scheduled_tokens={}, kv_connector_block_state=None)
+    clocked("build_meta", empty)
+    world.hub.turn()
     if usable is not None:
         world.hub.answer(usable)
     while matched == (None, False):
@@ -204,3 +207,22 @@ def test_what_a_call_does_does_not_grow_with_the_blocks_that_it_names(
     few, many = done
     for name in ("on_new_request", "matched_tokens", "after_alloc", "build_meta", "finished"):
         assert many[name] == few[name], name
+
+
+def test_hashing_a_prompt_makes_no_work_for_the_collector() -> None:
+    """It ran on the hub's thread for 4 ms, through the token ids of all prompts that had just come,
+    and a call of the engine's waited: each block had an empty list of extra keys."""
+    collections: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    chain = Chain(FakeRequest("a", 2000 * 128), 128, b"")
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        chain.extend(2000)
+    finally:
+        gc.callbacks.remove(note)
+    assert len(chain.hashes) == 2000
+    assert collections == []

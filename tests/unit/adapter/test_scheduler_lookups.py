@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvserver_vllm import lookups
 from kvserver_vllm.lookups import FRESH_S
 from tests.support.scheduler_world import (
     PAGE,
@@ -47,6 +48,32 @@ def test_none_until_the_answer_then_the_tokens_beyond_the_local_hit(world: World
     assert world.match(request, 640) == (0, False)
     assert world.match(request, 896) == (0, False)
     assert world.hub.lookups[0][0] == request.hashes()
+
+
+def test_the_lookups_of_a_moment_wake_the_hubs_thread_once_with_the_step(world: World) -> None:
+    """To wake it took longer than the rest of `on_new_request`, and each of a crowd did so. The
+    engine keeps stepping until the hub has been asked, also one that is paused."""
+    requests = [FakeRequest(f"r{n}", 300, seed=n) for n in range(16)]
+    for request in requests:
+        world.half.on_new_request(request)
+        assert world.half.matched_tokens(request, 0) == (None, False)
+    assert world.hub.woken == 0
+    assert world.half.has_pending_work
+    world.step()
+    assert world.hub.woken == 1
+    assert not world.half.has_pending_work
+    assert [asked for asked, _, _ in world.hub.lookups] == [r.hashes() for r in requests]
+
+
+def test_a_namespace_that_is_left_before_the_step_is_not_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[object] = []
+    monkeypatch.setattr(lookups.logger, "exception", errors.append)
+    world.half.on_new_request(FakeRequest("a", 300))
+    world.half.forget()
+    world.step()
+    assert (errors, world.hub.lookups) == ([], [])
 
 
 def test_a_late_answer_is_a_miss_that_is_remembered(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -247,6 +248,23 @@ def test_a_reply_that_completes_a_block_is_part_of_what_a_request_leaves() -> No
     (job,) = world.step().saves
     assert [block.hash for block in job.blocks] == request.hashes()[2 * STEP_BLOCKS :]
     assert len(job.blocks) == 7
+
+
+def test_what_a_request_leaves_does_not_keep_the_request() -> None:
+    """Whoever lets go of the last reference to 8,000 token ids spends up to a millisecond on it:
+    that was the step that named the last block. A reply's blocks are hashed from what is kept."""
+    world = World(blocks=800)
+    request = long_prompt(world)
+    request.all_token_ids += range(BLOCK - 1)
+    world.tables["a"] += [block.block_id for block in world.pool.get_new_blocks(4)]
+    assert len(world.step(a=BLOCK).saves) == 1
+    left, held = request.hashes()[2 * STEP_BLOCKS :], weakref.ref(request)
+    end(world, request)
+    del request
+    assert held() is None
+    (job,) = world.step().saves
+    assert [block.hash for block in job.blocks] == left
+    assert len(left) == 6, "one of them is the reply's, and was not hashed"
 
 
 def test_what_a_request_leaves_is_dropped_where_others_have_left_too_much() -> None:
