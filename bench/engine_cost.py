@@ -222,7 +222,7 @@ def measure_scheduler(room: Room, *, quick: bool) -> dict[str, Any]:
     for number in range(late_crowds):
         time.sleep(RECOVERY_SECONDS)
         with _standing_still(hub, 2.0):
-            engine.generate_many(_alike(long, each, 500 + each * number), tokens=4, logprobs=0)
+            engine.generate_many(_alike(long, each, 500 + each * number), tokens=6, logprobs=0)
     late = read(room.calls, since)
     placed = room.placed(engine)
     rows = [
