@@ -205,7 +205,7 @@ def test_z_a_killed_prefill_engine_leaves_what_is_whole(pair: Pair) -> None:
         prompts,
         computed=CHUNK + 1,
         layer=DEMO.layers // 2,
-        hold_s=0.5,  # what is computed of the first chunk is pushed by then
+        hold_s=0.5,  # what is pushed of the first chunk is at the decode engine by then
         signal_number=signal.SIGKILL,
         transfer=PREFILL_LEG,
     )

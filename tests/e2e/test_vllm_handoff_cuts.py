@@ -4,6 +4,7 @@ each chunk: the decode engine is told in time, keeps what is whole, and computes
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ STALLED_S = 1.0
 """A writer that makes no progress for so long counts as gone."""
 SLACK_S = 1.5
 HOLD_S = 0.1
-"""The engine's own thread stands still for so long before the cut: what it has computed by then is
-pushed, and the decode engine has all there is."""
+"""Before the cut the engine's own thread stands still until all is pushed that it has computed by
+then, and for so long: the decode engine has all there is."""
 DECODE_LEG = {"do_remote_prefill": True, "do_remote_decode": False}
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False}
 CASES = [(how, chunk) for how in ("stopped", "aborted", "killed") for chunk in range(1, CHUNKS + 1)]
@@ -177,8 +178,7 @@ def hand_off(pair: Pair, how: str, chunk: int) -> Outcome:
             pair.prefill = None
         else:
             prefill.wait_stopped()
-        hooks = [e["t"] for e in read_events(pair.prefill_log) if e["event"] == "save_layer"]
-        at = hooks[-1] + HOLD_S
+        at = time.monotonic()
     try:
         answers = pair.decode.finish(second)
         whole = [pair.whole(tokens) for tokens in prompts]

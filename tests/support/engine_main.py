@@ -243,12 +243,23 @@ class Driver:
             self._signal_in(victim, command)
         while self._engine.has_unfinished_requests():
             if not (signal_number or at) and self._computed(victim) >= command["computed"]:
-                time.sleep(command["hold_s"])
+                self._stand_still(command["hold_s"])
                 at = time.monotonic()
                 self._engine.abort_request([victim])
             self._step()
         self._drain()
         return {"at": at, "free": self._free()}
+
+    def _stand_still(self, hold_s: float, pushes: int = 0) -> None:
+        """The engine's own thread does, until no more than so many pushes are under way, and for
+        `hold_s` from there."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        rank, deadline = get_kv_transfer_group()._worker._rank, time.monotonic() + PHASE_S
+        while rank.queued > pushes:
+            assert time.monotonic() < deadline, "pushes do not end"
+            time.sleep(0.001)
+        time.sleep(hold_s)
 
     def _hamper(self, command: dict[str, Any]) -> dict[str, Any]:
         """Hold each call of a push to the hub back by the next of `delays`, over and over; with
@@ -288,7 +299,7 @@ class Driver:
             hook(layer_name, *args, **kwargs)
             if f".{layer}." in layer_name and self._computed(name) >= command["computed"]:
                 connector.save_kv_layer = hook
-                time.sleep(command["hold_s"])
+                self._stand_still(command["hold_s"], len(connector._worker._meta.saves))
                 os.kill(os.getpid(), command["signal"])
 
         connector.save_kv_layer = save_kv_layer

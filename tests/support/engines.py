@@ -257,8 +257,8 @@ class Engine:
     ) -> int:
         """Start generating; abort the first prompt once `computed` tokens of it are computed. With
         `signal_number`, the engine gets that signal instead, in the step that computes the last of
-        them, when `layer` is done. Its own thread stands still for `hold_s` before. `finish_cut`
-        collects."""
+        them, when `layer` is done. Its own thread stands still before, until what earlier steps
+        computed is pushed and for `hold_s` from there. `finish_cut` collects."""
         return self._send(
             "cut",
             prompts=[list(prompt) for prompt in prompts],

@@ -64,6 +64,7 @@ class FakeNamespace:
         self.filling: dict[bytes, int] = {}  # stored blocks of which only so many layers are there
         self.moved = asyncio.Event()
         self.held = 0  # parts granted and not released
+        self.waits: list[tuple[float, float]] = []  # of reads: for writers, and for answers on top
 
     def wrote(self, name: bytes, layers: int) -> None:
         """A writer has come so far with a block; negative: it is gone."""
@@ -97,8 +98,17 @@ class FakeNamespace:
         self.regions.append(region)
         return FakeReservation(self, list(hashes), list(tokens), region)
 
-    def acquire(self, hashes: Sequence[bytes], *, region: Region, **_: Any) -> FakeStream:
+    def acquire(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        region: Region,
+        wait_s: float = 0.0,
+        deadline_s: float,
+        **_: Any,
+    ) -> FakeStream:
         self.regions.append(region)
+        self.waits.append((wait_s, deadline_s))
         return FakeStream(self, list(hashes), region)
 
 

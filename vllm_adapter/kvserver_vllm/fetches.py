@@ -7,10 +7,12 @@ rest is near, vLLM allocates, and a load takes what the fetch has and the last c
 
 Rules:
   1. A request has one fetch, from the order until its load goes out or it is dropped.
-  2. A fetch without progress, or that takes longer than the request may wait, is cut: what is whole
-     by then is loaded, the rest is computed. Progress is what arrives; where nothing does for a
-     while, the hub is asked, for its writers commit cells before a group of layers is whole.
-  3. A fetch that the ranks' staging has no room for is refused; the request waits, and is loaded
+  2. A fetch without progress is cut: what is whole by then is loaded, the rest is computed.
+     Progress is what arrives; where nothing does for a while, the hub is asked, for its writers
+     commit cells before a group of layers is whole.
+  3. So is one that takes longer than the request may wait for a writer; but what is complete at the
+     hub by then waits for none: it is on its way here, and is taken.
+  4. A fetch that the ranks' staging has no room for is refused; the request waits, and is loaded
      from the hub when the blocks are complete.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvserver_vllm.common import Common, Tracked
+from kvserver_vllm.common import Answer, Common, Tracked
 from kvserver_vllm.loads import Loads
 from kvserver_vllm.messages import FetchJob, FetchProgress
 
@@ -42,6 +44,10 @@ class Fetch:
     asking: bool = False
     heard: int = 0
     """Cells at the hub, by its last word. The hub's thread writes this, and ends `asking`."""
+    over: bool = False
+    """No writer is waited for, or not any more."""
+    enough: int | None = None
+    """Blocks that were complete at the hub when that ended. The hub's thread writes this."""
 
 
 class Fetches:
@@ -56,13 +62,15 @@ class Fetches:
         self._drops: list[str] = []
 
     def begin(self, tracked: Tracked, start: int, stop: int, wait_s: float) -> None:
-        """Order the blocks [start, stop); what has not come within `wait_s` will not be taken."""
+        """Order the blocks [start, stop); a writer is waited for within `wait_s`."""
         request, now = tracked.name, self._common.clock()
         block, keys = self._common.block, tracked.keys(start, stop)
         tokens = [block] * (stop - start)
         tokens[-1] = self._common.covered(tracked, stop) - (stop - 1) * block
-        committed = tracked.answer.committed if tracked.answer is not None else 0
-        self._active[request] = Fetch(start, stop, now + wait_s, now, committed)
+        answer = tracked.answer
+        committed = answer.committed if answer is not None else 0
+        over = answer is not None and answer.usable >= stop
+        self._active[request] = Fetch(start, stop, now + wait_s, now, committed, over=over)
         self._loads.claim(request, keys)
         self._outgoing.append(FetchJob(request, keys, tuple(tokens), wait_s))
         self._common.count("fetches")
@@ -105,9 +113,15 @@ class Fetches:
         whole = fetch.start + (min(progress.whole for progress in reports) if heard else 0)
         ended = heard and all(progress.ended for progress in reports)
         stalled = now - fetch.progress_at >= self._common.writer_stall_s
-        if ended or now >= fetch.until or stalled:
+        if ended or stalled or (fetch.enough is not None and whole >= fetch.enough):
             return whole
-        self._ask(tracked, fetch, now)
+        if now < fetch.until:
+            self._ask(tracked, fetch, now)
+        elif fetch.over:
+            return whole
+        else:
+            fetch.over, fetch.until = True, now + self._common.settings.load_deadline_ms / 1e3
+            self._common.tell(self._hear_complete, tracked, fetch)
         return None
 
     def _ask(self, tracked: Tracked, fetch: Fetch, now: float) -> None:
@@ -119,15 +133,29 @@ class Fetches:
 
     async def _hear(self, tracked: Tracked, fetch: Fetch) -> None:
         """Runs on the hub's thread."""
-        common, keys = self._common, tracked.keys(0, tracked.asked_blocks)
-        sections = common.sections
         try:
-            if sections:  # the namespace was not left meanwhile
-                answer = await common.hub.lookup(sections, keys, 0.0, tail=tracked.tail)
-                if answer is not None:
-                    fetch.heard = answer.committed
+            answer = await self._look(tracked)
+            if answer is not None:
+                fetch.heard = answer.committed
         finally:
             fetch.asking = False
+
+    async def _hear_complete(self, tracked: Tracked, fetch: Fetch) -> None:
+        """Runs on the hub's thread."""
+        complete = 0
+        try:
+            answer = await self._look(tracked)
+            if answer is not None:
+                complete = min(answer.usable, fetch.stop)
+        finally:
+            fetch.enough = complete
+
+    async def _look(self, tracked: Tracked) -> Answer | None:
+        common, keys = self._common, tracked.keys(0, tracked.asked_blocks)
+        sections = common.sections
+        if not sections:  # the namespace was left meanwhile
+            return None
+        return await common.hub.lookup(sections, keys, 0.0, tail=tracked.tail)
 
     def landing(self, request: str) -> bool:
         """Its load goes out: whether it takes from a fetch."""

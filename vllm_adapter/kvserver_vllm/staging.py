@@ -12,7 +12,9 @@ Rules:
   2. Every granted part is released once: by who takes it, or by `close`.
   3. The streams run until everything has come, is missing, or the fetch is closed: when its load
      has taken what it wants, or when it is dropped.
-  4. Engines with windowed layers (sections.py) stage nothing, since they do not load all blocks: a
+  4. The scheduler half ends the wait for a writer. The streams outlast that, for what is complete
+     by then is still to come; and a short wait is not held against the hub.
+  5. Engines with windowed layers (sections.py) stage nothing, since they do not load all blocks: a
      fetch is refused, and the request is loaded when its blocks are complete.
 """
 
@@ -27,7 +29,8 @@ from typing import Any
 
 from kvclient import Granted, KVError
 from kvproto.grid import Region
-from kvserver_vllm.messages import FetchJob, FetchProgress, LoadJob, StepMeta
+from kvserver_vllm.link import CALL_S
+from kvserver_vllm.messages import STALL_S, FetchJob, FetchProgress, LoadJob, StepMeta
 from kvserver_vllm.rank import Rank
 
 GROUPS_MAX = 4
@@ -102,8 +105,8 @@ class Staging:
             stream = namespace.acquire(
                 list(self._job.hashes[first : first + step]),
                 region=region,
-                wait_s=min(self._job.wait_s, limits.wait_s_max),
-                deadline_s=self._job.wait_s,
+                wait_s=min(self._job.wait_s + STALL_S, limits.wait_s_max),
+                deadline_s=CALL_S,
             )
             async with stream:
                 async for granted in stream:

@@ -107,6 +107,74 @@ def test_a_hub_that_does_not_say_leaves_a_fetch_to_what_arrives(world: World) ->
     assert world.match(request) == (2 * BLOCK, True)
 
 
+def at_the_end_of_its_wait(world: World) -> FakeRequest:
+    """A request that may wait for 0.3 s, which are over: three of its blocks have come."""
+    request = streaming(world)
+    world.step()
+    world.report(fetched={"d": FetchProgress(whole=3, cells=14)})
+    world.now += 0.29
+    assert world.match(request) == (None, False)
+    world.hub.answer(3, live=8, committed=14)  # nothing had come for a while
+    world.now += 0.02
+    assert world.match(request) == (None, False), "the hub is asked for its last word"
+    return request
+
+
+@pytest.fixture
+def hasty() -> World:
+    return World(settings={"handoff_wait_ms": 300})
+
+
+def test_what_is_complete_at_the_hub_when_the_wait_ends_is_taken(hasty: World) -> None:
+    """Over a transport that takes as long as the wait it was computed, and was there."""
+    request = at_the_end_of_its_wait(hasty)
+    hasty.hub.answer(8)
+    assert hasty.match(request) == (None, False)
+    hasty.now += 0.5
+    hasty.report(fetched={"d": FetchProgress(whole=6, cells=27)})
+    assert hasty.match(request) == (None, False)
+    hasty.report(fetched={"d": FetchProgress(whole=8, cells=32, near=True, ended=True)})
+    assert hasty.match(request) == (900, True)
+
+
+def test_a_writer_is_not_waited_for_when_the_wait_ends(hasty: World) -> None:
+    request = at_the_end_of_its_wait(hasty)
+    hasty.hub.answer(5, live=8)
+    assert hasty.match(request) == (None, False)
+    hasty.report(fetched={"d": FetchProgress(whole=5, cells=22)})
+    assert hasty.match(request) == (5 * BLOCK, True)
+
+
+def test_where_no_more_is_complete_what_is_whole_is_loaded(hasty: World) -> None:
+    request = at_the_end_of_its_wait(hasty)
+    hasty.hub.answer(3, live=8)
+    assert hasty.match(request) == (3 * BLOCK, True)
+
+
+def test_a_hub_that_has_no_last_word_leaves_what_is_whole(hasty: World) -> None:
+    request = at_the_end_of_its_wait(hasty)
+    hasty.hub.fail()
+    assert hasty.match(request) == (3 * BLOCK, True)
+
+
+def test_what_is_complete_and_does_not_come_is_computed(hasty: World) -> None:
+    request = at_the_end_of_its_wait(hasty)
+    hasty.hub.answer(8)
+    assert hasty.match(request) == (None, False)
+    hasty.now += STALL_S
+    assert hasty.match(request) == (3 * BLOCK, True)
+
+
+def test_a_fetch_of_complete_blocks_ends_with_the_time_of_a_load() -> None:
+    world = World(blocks=40, settings={"load_deadline_ms": 500})
+    request = world.new(FakeRequest("a", 600), usable=4)
+    assert world.match(request) == (None, False)
+    world.step()
+    world.report(fetched={"a": FetchProgress(whole=3, cells=13)})
+    world.now += 0.51
+    assert world.match(request) == (3 * BLOCK, True)
+
+
 def test_a_writer_that_is_gone_ends_it_at_once(world: World) -> None:
     request = streaming(world)
     world.step()

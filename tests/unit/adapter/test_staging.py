@@ -110,6 +110,20 @@ def test_a_writer_that_is_gone_ends_the_fetch_with_what_is_whole(
     assert link.opened.held == 0
 
 
+def test_a_short_wait_for_a_writer_is_no_short_deadline_for_the_hub(
+    link: FakeLink, rank: Rank
+) -> None:
+    """A hub that needed longer to answer, or whose bytes did to come, counted as gone: this engine
+    neither looked up nor pushed anything until it had answered a probe."""
+    rank.bind(fetches=[FetchJob("a", (key(1), key(2)), (PAGES * TOKENS,) * 2, 0.01)])
+    rank.half.start_loads()
+    link.turn()
+    assert len(link.opened.waits) == LAYERS
+    for wait_s, deadline_s in link.opened.waits:
+        assert wait_s >= 1.0, "who ends the wait is the scheduler half"
+        assert deadline_s >= 1.0
+
+
 def test_a_corrupt_part_fails_its_block_only(link: FakeLink, rank: Rank) -> None:
     fetch(rank, link)
     link.opened.corrupt.add(key(1))
