@@ -40,6 +40,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 BLOCK, TOKENS, LENGTH = 128, 12, 300
 START_S = 300.0
 """A pipeline warms up before it serves."""
+TAIL_TTL_MS = 300_000
+"""A state is a tail, and its oracle comes back to it after other hand-offs."""
 STATE = -1
 PREFILL_LEG = {"do_remote_decode": True, "do_remote_prefill": False}
 DECODE_LEG = {"do_remote_decode": False, "do_remote_prefill": True}
@@ -160,7 +162,7 @@ def test_each_stage_pushes_and_pulls_the_kinds_of_layers_that_it_has(
     name: str, tmp_path: Path
 ) -> None:
     model = write_family(tmp_path / "model", name)
-    with start_server(tmp_path, host_bytes="128MiB") as server:
+    with start_server(tmp_path, host_bytes="128MiB", tail_ttl_ms=TAIL_TTL_MS) as server:
         world = World(name, server, tmp_path)
         try:
             for stages in (1, 2):

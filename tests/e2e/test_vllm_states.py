@@ -82,7 +82,7 @@ def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
     log, decode_log = tmp_path / "p.jsonl", tmp_path / "d.jsonl"
     with Engine.start(model, **family.options) as lone:
         want = {length: lone.generate(p, tokens=TOKENS) for length, p in PROMPTS.items()}
-    with start_server(tmp_path, host_bytes="128MiB") as server:
+    with start_server(tmp_path, host_bytes="128MiB", tail_ttl_ms=TAIL_TTL_MS) as server:
         config = hub_config(server.address, event_log=log, **PATIENT)
         with Engine.start(model, config=config, **family.options) as engine:
             wait_connected(log)
