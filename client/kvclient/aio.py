@@ -90,6 +90,7 @@ class AsyncClient:
         tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
+        staging_s: float = 0.0,
         nixl_params: dict[str, str] | None = None,
         direct: bool = False,
     ) -> Connecting:
@@ -108,6 +109,8 @@ class AsyncClient:
         tls           TLS towards the hub (`kvclient.Tls`); default None: plain
         copy_threads  threads for copies and checksums, default 2
         staging_bytes memory that nixl moves bytes through, default 128 MiB
+        staging_s     time to make that memory and NIXL's agent, each time a session is opened:
+                      RDMA hardware pins all of it; default 0: `deadline_s`, if that is longer
         nixl_params   parameters of the NIXL backend, default none
         direct        nixl moves what lies in registered memory (`register`) without staging, and
                       a call that fails may leave some of it pinned; default False
@@ -127,6 +130,7 @@ class AsyncClient:
             connections=connections,
             tls=tls,
             staging_bytes=staging_bytes,
+            staging_s=staging_s,
             nixl_params=dict(nixl_params or {}),
             direct=direct,
         )

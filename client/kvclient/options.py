@@ -26,6 +26,7 @@ class Options:
     connections: int = 2  # of the tcp transport
     tls: Tls | None = None
     staging_bytes: int = STAGING_BYTES  # of the nixl transport
+    staging_s: float = 0.0  # that it may take to make it
     nixl_params: dict[str, str] = field(default_factory=dict)
     direct: bool = False  # nixl moves registered memory without staging
     memories: Memories = field(default_factory=Memories)  # what is registered
@@ -46,6 +47,8 @@ class Options:
             raise InvalidArgument.of("direct", True, f"False with transport {self.transport!r}")
         if not 0 < self.deadline_s <= 86_400:
             raise InvalidArgument.of("deadline_s", self.deadline_s, "above 0, at most 86400")
+        if not 0 <= self.staging_s <= 86_400:
+            raise InvalidArgument.of("staging_s", self.staging_s, "from 0 to 86400")
         if self.join_token and len(self.join_token) != 16:
             raise InvalidArgument.of("join_token", len(self.join_token), "16 bytes")
         return self

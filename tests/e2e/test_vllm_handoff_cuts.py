@@ -81,7 +81,14 @@ class Pair:
                 long_prefill_token_threshold=BLOCK,
             )
             self.prefill.generate(prompt(98, 40), tokens=2)
-            wait_connected(self.prefill_log)
+            pid = self.prefill.pid  # the log has those before it, too
+            wait_for(
+                "the prefill engine to connect",
+                lambda: any(
+                    event["event"] == "namespace" and event["pid"] == pid
+                    for event in read_events(self.prefill_log)
+                ),
+            )
             self.prefill_free = self.prefill.facts()["free"]
         return self.prefill
 

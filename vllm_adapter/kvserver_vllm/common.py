@@ -88,7 +88,7 @@ class Tracked:
         self.waits_since: float | None = None  # for another engine's blocks
         self.fetch_refused = False
         self.pays: bool | None = None
-        self.progress = 0
+        self.progress = self.live = 0  # cells and blocks of which the hub's last word was
         self.progress_at = 0.0
         self.matched_from = self.matched_to = 0  # tokens that a load brings
         self.offered = 0  # of them, as vLLM was told

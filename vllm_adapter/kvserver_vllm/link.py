@@ -381,6 +381,7 @@ class HubLink:
                         name=self._name,
                         tenant=self.tenant,
                         deadline_s=CALL_S,
+                        staging_s=REGISTER_S,
                         **self._reach,
                     )
                     await self._register()

@@ -6,7 +6,7 @@ Rules:
   2. In all a request waits at most `handoff_wait_ms`, and at most 1.5 times what computing the rest
      itself is estimated to take.
   3. Waiting ends a tenth of `handoff_wait_ms`, and at least a second, after the last progress: a
-     cell that somebody committed.
+     cell that somebody committed, or a block that somebody announced.
   4. Nobody waits for a block that this engine itself is about to write: it might wait for itself.
 """
 
@@ -33,9 +33,9 @@ class Patience:
             return 0.0
         if tracked.waits_since is None:
             tracked.waits_since = tracked.progress_at = now
-        elif answer.committed > tracked.progress:
+        elif answer.committed > tracked.progress or answer.live > tracked.live:
             tracked.progress_at = now
-        tracked.progress = answer.committed
+        tracked.progress, tracked.live = answer.committed, answer.live
         left = tracked.waits_since + self._longest(tracked, answer, blocks) - now
         if answer.live > answer.usable:
             if self._saves.own(tracked.keys(answer.usable, answer.usable + 1)[0]):

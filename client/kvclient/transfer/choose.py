@@ -101,7 +101,7 @@ async def _open(
             staging_bytes=options.staging_bytes,
             rpc=rpc,
             memories=options.memories if options.direct else None,
-            deadline=deadline,
+            deadline=Deadline(max(left, options.staging_s)),
         )
     if name == "shm":
         return await asyncio.to_thread(

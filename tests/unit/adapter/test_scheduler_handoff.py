@@ -184,6 +184,19 @@ def test_after_a_hand_off_all_tokens_come_from_the_hub(world: World, tokens: int
     assert [page for block in job.blocks for page in block.pages] == table
 
 
+def test_a_writer_that_comes_late_has_its_second_from_there_on(world: World) -> None:
+    """It was taken for one that stands still: the clock ran since the request had begun to wait."""
+    world.settings["intent_wait_ms"] = 3000
+    world.__post_init__()
+    request = world.new(decode("d", 300), usable=0)
+    for live in [0] * 15 + [3]:
+        world.now += 0.1
+        assert world.match(request) == (None, False)
+        world.hub.answer(0, live=live)
+    assert world.match(request) == (None, False)
+    assert len(world.step().fetches) == 1
+
+
 def test_a_tail_is_asked_for_on_the_hint_only(world: World) -> None:
     request = world.new(FakeRequest("a", 300))
     assert world.hub.lookups[-1][0] == request.hashes()

@@ -48,6 +48,25 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize(("staging_s", "left_s"), [(0.0, 1.0), (30.0, 30.0)])
+async def test_nixl_may_take_longer_to_open_than_a_call(
+    staging_s: float, left_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's calls end within seconds. An agent and its memory that took longer were thrown
+    away and begun anew, for ever."""
+    given: list[float] = []
+
+    async def opening(hello: Any, *, deadline: Deadline, **rest: Any) -> Opened:
+        given.append(deadline.left())
+        return Opened("nixl")
+
+    monkeypatch.setattr(choose.nixl, "open_nixl", opening)
+    hello = pb.HelloReply(epoch=3, arena_id=bytes(16), transports=[OFFERS["nixl"]])
+    options = Options("hub:50051", transport="nixl", staging_s=staging_s).check()
+    await choose.open_transfer(options, hello, Deadline(1), None)
+    assert left_s - 0.5 < given[0] <= left_s
+
+
 async def choose_of(*names: str, here: str = "", transport: str = "auto") -> str:
     hello = pb.HelloReply(epoch=3, arena_id=bytes(16), transports=[OFFERS[name] for name in names])
     options = Options("hub:50051", name=here, transport=transport)
