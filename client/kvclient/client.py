@@ -412,6 +412,12 @@ class Namespace:
         wait_s: float = 0.0,
         deadline_s: float | None = None,
     ) -> PushResult:
+        plain = tokens is None and region is None and not (durable or wait_s)
+        if plain and isinstance(hashes, list | tuple) and len(hashes) == 1:
+            done = self._inline.push_ahead(self._here, hashes, arrays, parents, deadline_s)
+            if done is not None:
+                return done
+
         def start(namespace: AsyncNamespace) -> Coroutine[Any, Any, PushResult]:
             return namespace.push(
                 hashes,

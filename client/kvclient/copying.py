@@ -211,16 +211,11 @@ def _copy_hashed(target: Bytes, source: Bytes, sums: Checksums, go_on: Callable[
     """Copy rows and hash them into `sums`, one per row, chunk by chunk; False when `go_on` said
     no.
     """
-    count, row_bytes = target.shape
-    step = max(1, CHUNK_BYTES // row_bytes)
+    row_bytes = target.shape[1]
     if row_bytes > CHUNK_BYTES:
         return _copy_long_rows(target, source, sums, go_on)
-    for start in range(0, count, step):
-        if not go_on():
-            return False
-        part = slice(start, start + step)
-        copy_rows(target[part], source[part], sums[part], stream=True)
-    return True
+    step = max(1, CHUNK_BYTES // row_bytes)
+    return copy_rows(target, source, sums, stream=True, portion=step, go_on=go_on)
 
 
 def _copy_long_rows(
@@ -304,6 +299,22 @@ def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
     target = cells_of(whole, grid, slot.tokens, work.region)[piece.start : piece.stop]
     source = work.source(piece.index)[piece.start : piece.stop, :, : target.shape[2]]
     return copy_cells(target, source, sums.reshape(-1), ours)
+
+
+def write_whole(arena: Arena, grid: Grid, slot: Slot, source: Bytes) -> Checksums | None:
+    """All of a full block of which every cell stands behind the other. The checksums; None when
+    the slot was lost.
+    """
+    rows = (grid.cells, grid.cell_bytes())
+    sums: Checksums = np.empty(grid.cells, np.uint64)
+    try:
+        target = arena.writing(slot.offset, source.nbytes).reshape(rows)
+        done = _copy_hashed(
+            target, source.reshape(rows), sums, partial(arena.current, slot.offset, slot.generation)
+        )
+    except KVError:  # the arena was closed under us: its session is lost
+        return None
+    return sums if done else None
 
 
 # ---- reading ---------------------------------------------------------------------------------

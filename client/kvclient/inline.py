@@ -36,13 +36,13 @@ from kvclient.spares import Spares
 from kvclient.streams import Stream
 from kvclient.timing import Deadline
 from kvclient.transfer.direct import Pin
-from kvclient.writing import Reservation
 from kvproto import calls
-from kvproto.grid import Region
 from kvproto.namespace import NamespaceSpec
 
 if TYPE_CHECKING:
     from kvclient.aio import AsyncClient
+    from kvclient.checks import Arrays
+    from kvclient.results import PushResult
 
 BYTES_MAX = HERE_BYTES_MAX
 RETRY_S = 1.0
@@ -68,7 +68,7 @@ class Inline:
         self.log = client.log
         self._spares = Spares(self)
 
-    def namespace(self, spec: NamespaceSpec) -> AsyncNamespace:
+    def namespace(self, spec: NamespaceSpec) -> Namespace:
         """The namespace as it is driven here."""
         return Namespace(self, spec)
 
@@ -88,6 +88,26 @@ class Inline:
             if not self._ready(namespace):
                 return None
             return (_drive(start(namespace)),)
+        finally:
+            self.session.leave()
+            self._using.release()
+
+    def push_ahead(
+        self,
+        namespace: Namespace,
+        hashes: Sequence[bytes],
+        arrays: Arrays,
+        parents: Sequence[bytes] | None,
+        deadline_s: float | None,
+    ) -> PushResult | None:
+        """A whole block, pushed into a slot that was reserved ahead; None where there is none."""
+        self._runner.check()
+        if not self._using.acquire(blocking=False):
+            return None
+        try:
+            if not self._ready(namespace):
+                return None
+            return self._spares.push(namespace, self._line, hashes, arrays, parents, deadline_s)
         finally:
             self.session.leave()
             self._using.release()
@@ -112,11 +132,9 @@ class Inline:
 
     # ---- what runs of small pushes ask for (`kvclient.spares`) -----------------------------
 
-    def spare(self, namespace: Namespace) -> Reservation | None:
-        return None if self._line is None else self._spares.take(namespace, self._line)
-
-    def spare_left(self, spare: Reservation, *, taken: bool) -> None:
-        self._spares.left(spare, taken=taken)
+    def look(self) -> None:
+        """Have the session see whether its hub is still there."""
+        self.post(self._client.session.look)
 
     @contextmanager
     def using(self) -> Iterator[bool]:
@@ -236,7 +254,7 @@ class _Session:
         try:
             return line.receive(name, deadline)
         except Unavailable:
-            self._inline.post(self._session.look)
+            self._inline.look()
             raise
 
     def stream(self, link: Link, name: str, request: Message) -> Stream:
@@ -333,14 +351,6 @@ class Namespace(AsyncNamespace):
     def __init__(self, inline: Inline, spec: NamespaceSpec) -> None:
         super().__init__(cast("AsyncClient", inline), spec)
         self._inline = inline
-
-    def spare(self, tokens: int, region: Region, *, durable: bool) -> Reservation | None:
-        if durable or tokens != self.grid.block_tokens or region != self.grid.whole:
-            return None
-        return self._inline.spare(self)
-
-    def spare_left(self, spare: Reservation, *, taken: bool) -> None:
-        self._inline.spare_left(spare, taken=taken)
 
     @asynccontextmanager
     async def within(self, deadline: Deadline, what: str) -> AsyncIterator[None]:

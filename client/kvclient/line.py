@@ -47,11 +47,6 @@ class Line:
             raise ConnectionRefusedError(answer.text)
         self._lookout = Lookout(self._socket)
 
-    @property
-    def crowded(self) -> bool:
-        """Whether this thread had to share its core, lately."""
-        return self._lookout.pausing
-
     def takes(self, name: str, request: Message) -> bool:
         return (
             self.usable

@@ -44,11 +44,6 @@ class Lookout:
         self._calm = 0
         self._again_at = 0.0
 
-    @property
-    def pausing(self) -> bool:
-        """Whether a core was wanted by others, lately."""
-        return self._clock() < self._again_at
-
     def look(self) -> bool:
         """Whether there is something to read, or to be told; False sends the caller to sleep."""
         now = self._clock()

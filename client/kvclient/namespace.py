@@ -377,13 +377,6 @@ class AsyncNamespace:
     def deadline(self, deadline_s: float | None, wait_s: float = 0.0) -> Deadline:
         return self._client.deadline(deadline_s, wait_s)
 
-    def spare(self, tokens: int, region: Region, *, durable: bool) -> Reservation | None:
-        """A slot that was reserved ahead, for one block: only small pushes have some."""
-        return None
-
-    def spare_left(self, spare: Reservation, *, taken: bool) -> None:
-        """It was not committed: its name was taken, or it had expired."""
-
     @asynccontextmanager
     async def within(self, deadline: Deadline, what: str) -> AsyncIterator[None]:
         """Cancel the body at the deadline, and raise DeadlineExceeded."""

@@ -22,8 +22,7 @@ PUSH_WINDOW_BYTES = 64 << 20  # reserved at once by a push, twice that while win
 
 
 # An enum's member is looked up by Python code, each time.
-_NO_SPACE, _WRITTEN = int(PushVerdict.NO_SPACE), int(PushVerdict.WRITTEN)
-_OK, _TAKEN = int(CommitVerdict.OK), int(CommitVerdict.TAKEN)
+_NO_SPACE = int(PushVerdict.NO_SPACE)
 
 
 class Push:
@@ -54,8 +53,7 @@ class Push:
         tasks: list[asyncio.Task[object]] = []
         try:
             if len(windows) == 1:  # there is nothing to overlap with
-                if len(windows[0]) > 1 or not await self._ahead():
-                    await self._whole(windows[0])
+                await self._whole(windows[0])
             else:
                 await self._pipelined(windows, tasks)
             await self._once_more()
@@ -67,24 +65,6 @@ class Push:
             for reservation in self._open:
                 self._namespace.session.background(reservation.abort())
             raise
-
-    async def _ahead(self) -> bool:
-        """The only block, into a slot that was reserved ahead. False where there is none, or the
-        block is somebody else's already.
-        """
-        spare = self._namespace.spare(self._tokens[0], self._region, durable=self._durable)
-        if spare is None:
-            return False
-        self._open.add(spare)
-        spare.name(self._hashes[0], self._parents[0])
-        work = await spare.move([0], self._sources, self._region, None)
-        answer = int((await spare.settle([0], self._region, work, self._deadline))[0])
-        self._open.discard(spare)
-        if answer == _OK:
-            self.verdicts[0] = _WRITTEN
-            return True
-        self._namespace.spare_left(spare, taken=answer == _TAKEN)
-        return False
 
     async def _once_more(self) -> None:
         """What found no space while this push itself held some is tried again, one window at a

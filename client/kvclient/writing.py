@@ -77,7 +77,6 @@ class Reservation:
         mask = namespace.grid.mask(region)
         self._pending = dict.fromkeys(self.writable, mask)
         self._lost: set[int] = set()
-        self._names: tuple[bytes, bytes] = (b"", b"")  # of a commit: hashes and parents
         self._ended = not self.writable
 
     def __repr__(self) -> str:
@@ -271,9 +270,19 @@ class Reservation:
             granted=self.region,
         )
 
-    def name(self, key: bytes, parent: bytes) -> None:
-        """The one block of this reservation is to be committed as this one (`kvclient.spares`)."""
-        self._names = (key, parent)
+    @property
+    def number(self) -> int:
+        """By which the hub knows it."""
+        return self._id
+
+    def slot(self, index: int) -> Slot:
+        """What was granted for the key at this position."""
+        return self._slot(index)
+
+    def committed(self, index: int) -> None:
+        """The caller has committed this block, whole, by itself (`kvclient.spares`)."""
+        self._pending[index] = 0
+        self._ended = not any(self._pending.values())
 
     def left_s(self) -> float:
         """Seconds until it expires; 0 when it has ended or its session was lost."""
@@ -373,8 +382,6 @@ class Reservation:
                 indices=indices.tobytes(),
                 region=region_message(region),
                 checksums=sums.tobytes(),
-                hashes=self._names[0],
-                parents=self._names[1],
             )
 
         try:

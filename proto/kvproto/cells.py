@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,13 @@ LIBRARY = Path(__file__).with_name("_cells.so")
 INTERFACE = 2  # kv_cells_interface(): what stands beside older Python code is not used
 ROW_BYTES_MIN = 241  # xxh3 has other ways for shorter inputs, which native code lacks
 STREAM_BYTES_MIN = 512 << 10
+
+GoOn = Callable[[], bool]
+
+
+def _always() -> bool:
+    return True
+
 
 _digest = cast("Callable[[object], int]", xxh3_64_intdigest)  # takes any contiguous buffer
 
@@ -68,12 +76,27 @@ class Library:
         count, length = rows.shape
         self._hash(rows.ctypes.data, rows.strides[0], count, length, sums.ctypes.data)
 
-    def copy(self, target: Bytes, source: Bytes, sums: Checksums, stream: bool) -> None:
+    def copy(
+        self,
+        target: Bytes,
+        source: Bytes,
+        sums: Checksums,
+        stream: bool,
+        portion: int = sys.maxsize,
+        go_on: GoOn = _always,
+    ) -> bool:
+        """`portion` rows a call. Addresses are looked up once: that takes longer than the call."""
+        into, from_, sum_at = target.ctypes.data, source.ctypes.data, sums.ctypes.data
+        into_step, from_step = target.strides[0], source.strides[0]
         count, length = source.shape
-        self._copy(
-            target.ctypes.data, target.strides[0], source.ctypes.data, source.strides[0],
-            count, length, stream, sums.ctypes.data,
-        )  # fmt: skip
+        for start in range(0, count, portion):
+            if not go_on():
+                return False
+            self._copy(
+                into + start * into_step, into_step, from_ + start * from_step, from_step,
+                min(portion, count - start), length, stream, sum_at + start * sums.itemsize,
+            )  # fmt: skip
+        return True
 
 
 def _load() -> Library | None:
@@ -106,20 +129,35 @@ def hash_rows(rows: Bytes, sums: Checksums) -> None:
         sums[:] = np.fromiter(map(_digest, rows), np.uint64, len(rows))
 
 
-def copy_rows(target: Bytes, source: Bytes, sums: Checksums, *, stream: bool = False) -> None:
+def copy_rows(
+    target: Bytes,
+    source: Bytes,
+    sums: Checksums,
+    *,
+    stream: bool = False,
+    portion: int = sys.maxsize,
+    go_on: GoOn = _always,
+) -> bool:
     """Copy `source` [count, bytes] to `target`, which it does not overlap, and leave the checksums
-    of what arrived in `sums` [count]. ValueError for arrays of another kind.
+    of what arrived in `sums` [count]. `go_on` is asked before each `portion` of rows (default:
+    all); False when it said no. ValueError for arrays of another kind.
     """
+    count = len(source)
     _check("source", source, source.shape)
     _check("target", target, source.shape)
     check_sums(sums, len(source))
     if not target.flags.writeable:
         raise ValueError("target: it is read-only")
     if _library is not None and source.shape[1] >= ROW_BYTES_MIN:
-        _library.copy(target, source, sums, stream and source.size >= STREAM_BYTES_MIN)
-    else:
-        np.copyto(target, source)
-        sums[:] = np.fromiter(map(_digest, target), np.uint64, len(target))
+        stream = stream and min(portion, count) * source.shape[1] >= STREAM_BYTES_MIN
+        return _library.copy(target, source, sums, stream, portion, go_on)
+    for start in range(0, count, portion):
+        if not go_on():
+            return False
+        part = slice(start, start + portion)
+        np.copyto(target[part], source[part])
+        sums[part] = np.fromiter(map(_digest, target[part]), np.uint64)
+    return True
 
 
 def _check(name: str, rows: Bytes, shape: tuple[int, ...]) -> None:

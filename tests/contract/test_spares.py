@@ -4,15 +4,21 @@ way of what is right.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kvclient import Client, KVError, Namespace, spares
+from kvclient import Client, InvalidArgument, KVError, Namespace, spares
+from kvclient.copying import Slot
 from kvclient.line import Line
+from kvclient.transfer.shm import ShmArena
 from kvclient.writing import Reservation
 from kvproto import calls
 from tests.contract.conftest import eventually, host_tier
@@ -32,12 +38,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def client(hub: ServerProcess) -> Iterator[Client]:
     with Client.connect(hub.address) as client:
         yield client
-
-
-@pytest.fixture(autouse=True)
-def cores_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever else runs on this machine."""
-    monkeypatch.setattr(Line, "crowded", False)
 
 
 @pytest.fixture
@@ -92,12 +92,104 @@ def test_a_run_of_pushes_waits_for_its_commits_only(client: Client, waits: list[
     all_there(namespace, keys)
 
 
-def test_where_cores_are_not_free_none_is_taken_ahead(
-    client: Client, waits: list[str], monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_plain_goes_the_ordinary_way(client: Client, waits: list[str]) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    keys = push_run(namespace, 30, 10)
+    begun = waits.count("Reserve")
+    extra = BLOCKS.chain(31, 4)
+    payloads = BLOCKS.payloads(extra)
+    block = payloads[0].reshape(4, 2, -1)
+    wide = np.concatenate([block, block], axis=2)[:, :, : block.shape[2]]
+    assert namespace.push(extra[:1], [wide]).written == 1  # its cells lie apart
+    assert namespace.push(extra[1:2], [payloads[1]], tokens=[BLOCKS.spec.block_tokens]).written == 1
+    assert namespace.push(extra[2:3], [payloads[2]], region=BLOCKS.spec.grid.whole).written == 1
+    assert namespace.push(extra[3:4], [payloads[3]], wait_s=1.0).written == 1
+    assert waits.count("Reserve") - begun in (3, 4)  # one that waits goes by the loop
+    all_there(namespace, keys)
+    out = BLOCKS.out(4)
+    assert BLOCKS.wrong(extra, out, namespace.pull(extra, out).found) == []
+
+
+def test_a_wrong_argument_in_a_run_is_refused_as_anywhere(
+    hub: ServerProcess, client: Client
 ) -> None:
-    monkeypatch.setattr(Line, "crowded", True)
-    push_run(client.open_namespace(BLOCKS.spec), 20, 20)
-    assert waits.count("Reserve") == waits.count("Commit") == 20
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 32, 10)
+    (key,) = BLOCKS.chain(33, 1)
+    (payload,) = BLOCKS.payloads([key])
+    for field, arguments in (
+        ("hashes[0]", ([key[:31]], [payload])),
+        ("arrays[0]", ([key], [payload[:1]])),
+        ("arrays", ([key], [])),
+        ("parents[0]", ([key], [payload], [b"no digest"])),
+    ):
+        keys, arrays, *parents = arguments
+        with pytest.raises(InvalidArgument) as refused:
+            namespace.push(keys, arrays, parents=parents[0] if parents else None)
+        assert refused.value.field == field
+    all_there(namespace, push_run(namespace, 34, 10))
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+
+
+def test_a_slot_that_is_lost_in_mid_copy(
+    hub: ServerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 35, 10)
+    current, asked = ShmArena.current, itertools.count()
+
+    aborted: list[Slot] = []
+    abort, fill = Reservation.abort, spares.write_whole
+
+    def lost(self: ShmArena, offset: int, generation: int) -> bool:
+        return current(self, offset, generation) and next(asked) % 6 > 0
+
+    async def late(self: Reservation) -> None:
+        with suppress(RuntimeError):  # an ordinary push ends its own here, without a loop
+            await asyncio.sleep(0.2)
+        await abort(self)
+
+    def noted(self: Reservation) -> Any:
+        if not self._ended:
+            aborted.extend(self._slots.values())
+        return late(self)
+
+    def checked(arena: Any, grid: Any, slot: Slot, source: Any) -> Any:
+        assert slot not in aborted, "the hub may give it to somebody else"
+        return fill(arena, grid, slot, source)
+
+    monkeypatch.setattr(ShmArena, "current", lost)
+    monkeypatch.setattr(Reservation, "abort", noted)
+    monkeypatch.setattr(spares, "write_whole", checked)
+    for at, key in enumerate(keys := BLOCKS.chain(36, 30)):
+        namespace.push([key], BLOCKS.payloads([key]), parents=[keys[at - 1]] if at else None)
+    assert aborted
+    monkeypatch.setattr(ShmArena, "current", current)
+    out = BLOCKS.out(len(keys))
+    found = namespace.pull(keys, out).found
+    assert found.sum() > 15
+    assert BLOCKS.wrong(keys, out, found) == []
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+
+
+def test_a_commit_that_is_refused_is_pushed_the_ordinary_way(
+    hub: ServerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub has ended the reservation: nothing of it is known any more."""
+    namespace = client.open_namespace(BLOCKS.spec)
+    push_run(namespace, 37, 10)
+    filled, ended = spares.write_whole, []
+
+    def and_fenced(*arguments: Any) -> Any:
+        sums = filled(*arguments)
+        for spare in client.inline._spares._ready[:1]:  # of the reservation that is being filled
+            ended.append(client.run(spare.reservation.abort, None, 0.0, "abort"))
+        return sums
+
+    monkeypatch.setattr(spares, "write_whole", and_fenced)
+    all_there(namespace, push_run(namespace, 38, 8))
+    assert ended
+    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
 
 
 def test_slots_go_back_when_a_run_has_ended(hub: ServerProcess, client: Client) -> None:
@@ -140,16 +232,17 @@ def test_one_that_expired_before_its_commit_costs_nothing(
     monkeypatch.setattr(spares, "MARGIN_S", 0.3)
     namespace = client.open_namespace(BLOCKS.spec)
     push_run(namespace, 10, 10)
-    move = Reservation.move
+    filled, slow = spares.write_whole, []
 
-    async def slowly(self: Reservation, *arguments: Any) -> Any:
-        work = await move(self, *arguments)
-        if self._names[0]:
-            eventually(lambda: self.left_s() == 0.0, "it expires", seconds=5.0)
-        return work
+    def slowly(*arguments: Any) -> Any:
+        sums = filled(*arguments)
+        time.sleep(0.6)
+        slow.append(sums)
+        return sums
 
-    monkeypatch.setattr(Reservation, "move", slowly)
+    monkeypatch.setattr(spares, "write_whole", slowly)
     keys = push_run(namespace, 11, 4)
+    assert slow
     all_there(namespace, keys)
     eventually(lambda: none_left(hub), "they are fenced", seconds=5.0)
 

@@ -106,6 +106,23 @@ def test_each_way_gives_the_same(length: int) -> None:
     hash_rows(source[:0], sums[:0])
 
 
+@pytest.mark.parametrize("length", [ROW_BYTES_MIN - 1, 4096])
+@pytest.mark.usefixtures("way")
+def test_nothing_is_copied_behind_the_portion_that_was_refused(length: int) -> None:
+    count, portion = 7, 3
+    source = np.random.default_rng(1).integers(1, 256, (count, length), np.uint8)
+    wanted = [xxh3_64_intdigest(row.tobytes()) for row in source]
+    for portions in range(4):
+        sums, target = np.zeros(count, np.uint64), np.zeros_like(source)
+        answers = iter([True] * portions + [False])
+        done = copy_rows(target, source, sums, portion=portion, go_on=answers.__next__)
+        copied = min(portions * portion, count)
+        assert done == (copied == count)
+        assert np.array_equal(target[:copied], source[:copied])
+        assert not target[copied:].any()
+        assert sums.tolist() == wanted[:copied] + [0] * (count - copied)
+
+
 def readonly(array: np.ndarray) -> np.ndarray:
     array = array.copy()
     array.setflags(write=False)
