@@ -119,6 +119,13 @@ def _scattered(field: str, block: Scattered, cell_bytes: int, region: Region) ->
     return block
 
 
+def dense(block: Block, grid: Grid) -> bool:
+    """Whether it is a whole block in an array, whose cells stand one behind the other."""
+    if isinstance(block, Scattered) or block.nbytes != grid.payload_bytes():
+        return False
+    return bool(block.flags.c_contiguous)
+
+
 def targets_of(
     field: str, arrays: Arrays, tokens: Sequence[int], grid: Grid, region: Region
 ) -> list[Block]:

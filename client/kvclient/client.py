@@ -465,6 +465,12 @@ class Namespace:
         inherit_lease: int = 0,
         deadline_s: float | None = None,
     ) -> PullResult:
+        plain = region is None and not (wait_s or window_bytes or inherit_lease)
+        if plain and isinstance(hashes, list | tuple) and len(hashes) == 1:
+            done = self._inline.pull_one(self._here, hashes, out, deadline_s)
+            if done is not None:
+                return done
+
         def start(namespace: AsyncNamespace) -> Coroutine[Any, Any, PullResult]:
             return namespace.pull(
                 hashes,

@@ -302,8 +302,8 @@ def _write(arena: Arena, work: Writing, piece: Piece) -> bool:
 
 
 def write_whole(arena: Arena, grid: Grid, slot: Slot, source: Bytes) -> Checksums | None:
-    """All of a full block of which every cell stands behind the other. The checksums; None when
-    the slot was lost.
+    """All of a full block whose cells stand one behind the other. The checksums; None when the
+    slot was lost.
     """
     rows = (grid.cells, grid.cell_bytes())
     sums: Checksums = np.empty(grid.cells, np.uint64)
@@ -394,6 +394,25 @@ def _read(arena: Arena, work: Reading, piece: Piece) -> Outcome:
             return Outcome.STALE
     good = work.matches(piece.index, piece.start, piece.stop, sums, whole[payload:])
     if not current():
+        return Outcome.STALE
+    return Outcome.OK if good else Outcome.CORRUPT
+
+
+def read_whole(arena: Arena, grid: Grid, slot: Slot, target: Bytes) -> Outcome:
+    """All of a full block into a target whose cells stand one behind the other."""
+    rows = (grid.cells, grid.cell_bytes())
+    sums: Checksums = np.empty(grid.cells, np.uint64)
+    current = partial(arena.current, slot.offset, slot.generation)
+    try:
+        whole = arena.reading(slot.offset, target.nbytes + grid.trailer_bytes)
+        source, trailer = whole[: target.nbytes].reshape(rows), whole[target.nbytes :]
+        if not _copy_hashed(target.reshape(rows), source, sums, current):
+            return Outcome.STALE
+        good = sums.astype("<u8", copy=False).tobytes() == trailer.tobytes()
+        good = good and root_of(trailer) == slot.root
+        if not current():
+            return Outcome.STALE
+    except KVError:
         return Outcome.STALE
     return Outcome.OK if good else Outcome.CORRUPT
 

@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from kvclient import single
 from kvclient.copying import HERE_BYTES_MAX, Copier, Piece
 from kvclient.errors import KVError, Unavailable
 from kvclient.leases import Leases
@@ -42,7 +43,7 @@ from kvproto.namespace import NamespaceSpec
 if TYPE_CHECKING:
     from kvclient.aio import AsyncClient
     from kvclient.checks import Arrays
-    from kvclient.results import PushResult
+    from kvclient.results import PullResult, PushResult
 
 BYTES_MAX = HERE_BYTES_MAX
 RETRY_S = 1.0
@@ -108,6 +109,21 @@ class Inline:
             if not self._ready(namespace):
                 return None
             return self._spares.push(namespace, self._line, hashes, arrays, parents, deadline_s)
+        finally:
+            self.session.leave()
+            self._using.release()
+
+    def pull_one(
+        self, namespace: Namespace, hashes: Sequence[bytes], out: Arrays, deadline_s: float | None
+    ) -> PullResult | None:
+        """A whole block, pulled; None where `kvclient.single` leaves it to an ordinary pull."""
+        self._runner.check()
+        if not self._using.acquire(blocking=False):
+            return None
+        try:
+            if not self._ready(namespace) or self._line is None:
+                return None
+            return single.pull(self, namespace, self._line, hashes, out, deadline_s)
         finally:
             self.session.leave()
             self._using.release()

@@ -29,18 +29,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvclient.checks import Arrays, blocks_of, hash_list, parent_list
+from kvclient.checks import Arrays, blocks_of, dense, hash_list, parent_list
 from kvclient.copying import HERE_BYTES_MAX, Slot, as_arena, as_array, write_whole
 from kvclient.errors import KVError, Unavailable
 from kvclient.results import Bytes, CommitVerdict, PushResult, PushVerdict
 from kvclient.session import Link
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import region_message
-from kvclient.transfer.direct import Block, Scattered
 from kvclient.transfer.shm import ShmArena
 from kvclient.writing import Reservation
 from kvproto import calls
-from kvproto.grid import Grid
 from kvproto.prefix import HASH_BYTES, ROOT
 from kvproto.v1 import kvserver_pb2 as pb
 
@@ -103,7 +101,7 @@ class Spares:
         (parent,) = parent_list(parents, [key])
         (source,) = blocks_of("arrays", arrays, [grid.block_tokens], grid, grid.whole)
         deadline = namespace.deadline(deadline_s)
-        if line is None or not _dense(source, grid):
+        if line is None or not dense(source, grid):
             return None
         spare = self._take(namespace, line)
         if spare is None:
@@ -270,11 +268,4 @@ def _batch(namespace: Namespace, link: Link) -> int:
     if size > HERE_BYTES_MAX or 8 * namespace.grid.cells > calls.REQUEST_BODY_BYTES_MAX // 2:
         return 0
     room = int(SHARE * transfer.data_bytes / size)
-    return min(BATCH, room - 1, limits.keys_per_call_max)
-
-
-def _dense(source: Block, grid: Grid) -> bool:
-    """Whether each cell stands behind the other."""
-    if isinstance(source, Scattered) or source.nbytes != grid.payload_bytes():
-        return False
-    return bool(source.flags.c_contiguous)
+    return max(0, min(BATCH, room - 1, limits.keys_per_call_max))

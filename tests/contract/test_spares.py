@@ -247,18 +247,19 @@ def test_one_that_expired_before_its_commit_costs_nothing(
     eventually(lambda: none_left(hub), "they are fenced", seconds=5.0)
 
 
+@pytest.mark.parametrize("slots", [33, 60])
 def test_where_slots_are_few_none_is_taken_ahead(
-    tmp_path_factory: pytest.TempPathFactory, waits: list[str]
+    slots: int, tmp_path_factory: pytest.TempPathFactory, waits: list[str]
 ) -> None:
-    """Two of 60 would be more than a 32nd."""
-    size = 60 * BLOCKS.payload_bytes
+    """Two would be more than a 32nd."""
+    size = slots * BLOCKS.payload_bytes
     with (
         start_server(tmp_path_factory.mktemp("few"), host_bytes=size) as server,
         Client.connect(server.address) as client,
     ):
         namespace = client.open_namespace(BLOCKS.spec)
-        all_there(namespace, push_run(namespace, 12, 20))
-        assert waits.count("Reserve") == waits.count("Commit") == 20
+        all_there(namespace, push_run(namespace, 12, 10))
+        assert waits.count("Reserve") == waits.count("Commit") == 10
 
 
 def test_a_killed_hub_ends_a_run_and_its_successor_begins_one(
