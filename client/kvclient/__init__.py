@@ -8,7 +8,7 @@ a miss.
 
 from kvclient import forks  # first: it decides how gRPC is loaded
 from kvclient.aio import AsyncClient
-from kvclient.client import Client, Namespace
+from kvclient.client import Client
 from kvclient.errors import (
     Conflict,
     DeadlineExceeded,
@@ -36,6 +36,7 @@ from kvclient.results import (
     Role,
     Tier,
 )
+from kvclient.sync import Namespace
 from kvclient.tls import Tls
 from kvclient.transfer.direct import Pin, Registered, Scattered
 from kvclient.watching import CacheMap, Residence, Watch, WatchEvent, WatchKind
