@@ -398,8 +398,10 @@ class Moves:
 
     async def _verify(self, move: _Move, statuses: Bytes) -> None:
         """Wait for the hashes of what arrived (rule 3); CORRUPT where it is not what was sent."""
+        if move.hashed and not move.hashed[-1].done():
+            await asyncio.wrap_future(move.hashed[-1])  # one thread hashes, in order
         for hashing in move.hashed:
-            for at in await asyncio.wrap_future(hashing):
+            for at in hashing.result():
                 if statuses[at] != Status.OK:
                     continue
                 current = self._current(move.order.op, move.order.places[at])
