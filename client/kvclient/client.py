@@ -60,6 +60,7 @@ class Client:
         tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
+        staging_s: float = 0.0,
         nixl_params: dict[str, str] | None = None,
         direct: bool = False,
     ) -> None:
@@ -76,6 +77,7 @@ class Client:
             connections=connections,
             tls=tls,
             staging_bytes=staging_bytes,
+            staging_s=staging_s,
             nixl_params=dict(nixl_params or {}),
             direct=direct,
         ).check()
@@ -102,6 +104,7 @@ class Client:
         tls: Tls | None = None,
         copy_threads: int = THREADS,
         staging_bytes: int = STAGING_BYTES,
+        staging_s: float = 0.0,
         nixl_params: dict[str, str] | None = None,
         direct: bool = False,
     ) -> Self:
@@ -119,6 +122,7 @@ class Client:
             tls=tls,
             copy_threads=copy_threads,
             staging_bytes=staging_bytes,
+            staging_s=staging_s,
             nixl_params=nixl_params,
             direct=direct,
         )
