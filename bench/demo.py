@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from bench.oracle import BLOCK_TOKENS, Step, judge, table
-from tests.support.engines import Engine, EngineError, Generated, hub_config
+from tests.support.engines import Engine, EngineError, Generated, hub_config, read_events
 from tests.support.server import ServerProcess, start_server
 from tests.support.tiny_models import DEMO, prompt, write_model
 
@@ -44,6 +44,7 @@ DISK_BYTES = 1 << 30
 PATIENCE: dict[str, Any] = {"lookup_ms": 2_000, "pin_ms": 5_000, "load_deadline_ms": 30_000}
 SHM = Path("/dev/shm")
 SHM_FREE_BYTES_MIN = 2 << 30
+KNOWN_SECONDS_MAX = 30.0
 PUSH_SECONDS_MAX = 60.0
 _TICK_SECONDS = 10.0
 
@@ -146,7 +147,21 @@ class Demo:
                     engine.wait_ready()
                 for engine in engines:
                     engine.generate(prompt(7, WARM_UP_TOKENS, DEMO), tokens=2)
+                    if hub is not None:
+                        self._wait_known(engine)
             yield engines
+
+    def _wait_known(self, engine: Engine) -> None:
+        """An engine serves before its adapter has a namespace at the hub, and what it begins until
+        then is not pushed: weights are digested first, a second for files that are new."""
+        deadline = time.monotonic() + KNOWN_SECONDS_MAX
+        while not any(
+            event["event"] == "namespace" and event["pid"] == engine.pid
+            for event in read_events(self._events)
+        ):
+            if time.monotonic() > deadline:
+                raise DemoError(f"an engine has no namespace after {KNOWN_SECONDS_MAX} s")
+            engine.idle(0.1)
 
     def _serve(
         self,
