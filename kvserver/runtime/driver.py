@@ -73,7 +73,7 @@ from kvserver.tiers.host import HostArena
 TICK_S = 0.05
 STALL_S = 1.0
 SUSPECTS_S = 1.0
-COMMIT_TURN = 16  # blocks; what each costs is in docs/performance.md
+COMMIT_TURN = 16  # blocks; what each costs is in docs/measurements.md
 Result = TypeVar("Result")
 Checksums = npt.NDArray[np.uint64]
 
