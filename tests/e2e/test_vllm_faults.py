@@ -16,6 +16,7 @@ from tests.support.kv_oracle import (
     answer_complaints,
     cells,
     flip_a_bit,
+    page_complaints,
     the_spec,
     wait_for,
     wait_pushed,
@@ -219,8 +220,19 @@ def test_9_a_hub_lost_in_the_middle_of_a_pull(world: World, lost: str) -> None:
     assert world.resumed_after(time.monotonic()) < RESUME_S
 
 
-def leave_on_disk_only(world: World, *, failpoints: str) -> None:
-    """Restart the hub with the prompt's blocks on its disk and an empty memory."""
+def test_9_a_killed_hub_whose_memory_is_gone_has_all_of_it_on_disk(world: World) -> None:
+    leave_on_disk_only(world)
+    restarted, events = time.monotonic(), len(read_events(world.log))
+    assert world.server.stats().counters["bytes_disk_out"] == 0
+    assert world.resumed_after(restarted) < RESUME_S
+    pulled = cells(read_events(world.log)[events:], "pulled")
+    assert len({name for name, _ in pulled}) == BLOCKS
+    assert page_complaints(cells(read_events(world.log), "pushed"), pulled) == []
+    assert world.server.stats().counters["promotions"] >= BLOCKS
+
+
+def leave_on_disk_only(world: World, *, failpoints: str = "") -> None:
+    """Kill the hub, and start it with the prompt's blocks on its disk and an empty memory."""
     server = world.server
     disk = {"disk_bytes": "64MiB", "disk_path": str(server.tmp_path / "disk")}
 
@@ -233,7 +245,7 @@ def leave_on_disk_only(world: World, *, failpoints: str) -> None:
     server.restart(**disk)
     wait_for("a hit", world.hit, 30.0)
     wait_for("blocks on disk", spilled)
-    server.terminate()
+    server.kill()
     (server.host_dir / "arena").unlink()
     server.restart(failpoints=failpoints, data_threads=1)  # one, so that blocks come in order
     restarted = time.monotonic()
