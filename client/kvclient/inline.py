@@ -80,18 +80,9 @@ class Inline:
         start: Callable[[AsyncNamespace], Coroutine[Any, Any, Result]],
     ) -> tuple[Result] | None:
         """What `start` gives, done here; None where rule 1 leaves it to the loop."""
-        self._runner.check()
         if blocks * namespace.grid.payload_bytes() > BYTES_MAX:
             return None
-        if not self._using.acquire(blocking=False):
-            return None
-        try:
-            if not self._ready(namespace):
-                return None
-            return (_drive(start(namespace)),)
-        finally:
-            self.session.leave()
-            self._using.release()
+        return self._here(namespace, lambda line: (_drive(start(namespace)),))
 
     def push_ahead(
         self,
@@ -102,31 +93,18 @@ class Inline:
         deadline_s: float | None,
     ) -> PushResult | None:
         """A whole block, pushed into a slot that was reserved ahead; None where there is none."""
-        self._runner.check()
-        if not self._using.acquire(blocking=False):
-            return None
-        try:
-            if not self._ready(namespace):
-                return None
-            return self._spares.push(namespace, self._line, hashes, arrays, parents, deadline_s)
-        finally:
-            self.session.leave()
-            self._using.release()
+        push = self._spares.push
+        return self._here(
+            namespace, lambda line: push(namespace, line, hashes, arrays, parents, deadline_s)
+        )
 
     def pull_one(
         self, namespace: Namespace, hashes: Sequence[bytes], out: Arrays, deadline_s: float | None
     ) -> PullResult | None:
         """A whole block, pulled; None where `kvclient.single` leaves it to an ordinary pull."""
-        self._runner.check()
-        if not self._using.acquire(blocking=False):
-            return None
-        try:
-            if not self._ready(namespace) or self._line is None:
-                return None
-            return single.pull(self, namespace, self._line, hashes, out, deadline_s)
-        finally:
-            self.session.leave()
-            self._using.release()
+        return self._here(
+            namespace, lambda line: single.pull(self, namespace, line, hashes, out, deadline_s)
+        )
 
     def close(self, seconds: float) -> None:
         """Calls under way raise Unavailable."""
@@ -167,6 +145,20 @@ class Inline:
         self.post(self._runner.loop.call_later, seconds, act)
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _here(self, namespace: AsyncNamespace, act: Callable[[Line], Result]) -> Result | None:
+        """What `act` gives, done by this thread; None where another one is in here, or there is
+        nothing to work with."""
+        self._runner.check()
+        if not self._using.acquire(blocking=False):
+            return None
+        try:
+            if not self._ready(namespace) or self._line is None:
+                return None
+            return act(self._line)
+        finally:
+            self.session.leave()
+            self._using.release()
 
     def _ready(self, namespace: AsyncNamespace) -> bool:
         """Whether there is a session, a namespace and a line to work with."""

@@ -87,7 +87,7 @@ class Spares:
     def push(
         self,
         namespace: Namespace,
-        line: Line | None,
+        line: Line,
         hashes: Sequence[bytes],
         arrays: Arrays,
         parents: Sequence[bytes] | None,
@@ -101,7 +101,7 @@ class Spares:
         (parent,) = parent_list(parents, [key])
         (source,) = blocks_of("arrays", arrays, [grid.block_tokens], grid, grid.whole)
         deadline = namespace.deadline(deadline_s)
-        if line is None or not dense(source, grid):
+        if not dense(source, grid):
             return None
         spare = self._take(namespace, line)
         if spare is None:
