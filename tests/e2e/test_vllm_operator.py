@@ -54,7 +54,7 @@ def test_a_push_and_a_pull_show_in_vllms_own_metrics(engine: Engine, log: Path) 
     assert pushed["pushed_bytes"] == blocks * block_bytes
     assert pushed["saves"] >= pushed["push_seconds"] >= 1
     assert (pushed["lookups"], pushed["loads"], pushed["hub_connected"]) == (1, 0, 1)
-    engine.reset_prefix_cache()
+    wait_for("a reset", engine.reset_prefix_cache)
     answer = engine.generate(PROMPT, tokens=TOKENS)
     assert answer.cached >= (blocks - 1) * BLOCK
     pulled = figures(engine)
@@ -74,7 +74,7 @@ def test_vllms_own_metrics_tell_loaded_tokens_from_computed_ones(engine: Engine)
     computed = sources(engine)
     assert changed(first, computed, *SOURCES) == [len(tokens), 0, 0, len(tokens), 0]
     wait_saved(engine, saved, len(tokens) // BLOCK)
-    engine.reset_prefix_cache()
+    wait_for("a reset", engine.reset_prefix_cache)
 
     before = figures(engine)
     answer = engine.generate(tokens, tokens=TOKENS)
@@ -99,7 +99,7 @@ def test_the_role_changes_with_requests_in_flight(engine: Engine, server: Server
     saved = figures(engine)["pushed_bytes"]
     reference = engine.generate(running, tokens=TOKENS)
     wait_saved(engine, saved, len(running) // BLOCK)
-    engine.reset_prefix_cache()
+    wait_for("a reset", engine.reset_prefix_cache)
 
     def switch(**halves: bool) -> Role:
         async def go() -> Role:
@@ -113,7 +113,7 @@ def test_the_role_changes_with_requests_in_flight(engine: Engine, server: Server
     assert switch(produces=False, consumes=False) == Role(produces=False, consumes=False)
     (during,) = engine.finish(call)
     assert answer_complaints(during, reference) == []
-    engine.reset_prefix_cache()
+    wait_for("a reset", engine.reset_prefix_cache)
     stopped = figures(engine)
     alone = engine.generate(running, tokens=TOKENS)
     assert answer_complaints(alone, reference) == []
@@ -123,7 +123,7 @@ def test_the_role_changes_with_requests_in_flight(engine: Engine, server: Server
     assert before["hub_connected"] == 1
 
     assert switch(produces=True, consumes=True) == Role(produces=True, consumes=True)
-    engine.reset_prefix_cache()
+    wait_for("a reset", engine.reset_prefix_cache)
     again = engine.generate(running, tokens=TOKENS)
     assert answer_complaints(again, reference) == []
     assert again.cached >= (len(running) // BLOCK - 1) * BLOCK

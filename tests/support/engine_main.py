@@ -25,6 +25,7 @@ from typing import Any
 
 PHASE_S = 60.0
 RESET_S = 30.0
+SETTLE_S = 1.0
 YIELD_S = 1e-4
 
 
@@ -406,7 +407,12 @@ class Driver:
         return {"free": self._free(), "preempted": len(self._preempted)}
 
     def _reset(self, command: dict[str, Any]) -> dict[str, Any]:
-        connector = command["connector"]
+        """An engine that lives in this process is stepped while it has work, as a server's is:
+        without, pages of pushes that have ended stay pinned."""
+        end, connector = time.monotonic() + SETTLE_S, command["connector"]
+        here = hasattr(self._engine.engine_core, "engine_core")
+        while here and self._scheduler.has_requests() and time.monotonic() < end:
+            self._step()
         return {"done": self._engine.reset_prefix_cache(reset_connector=connector)}
 
     def _idle(self, command: dict[str, Any]) -> dict[str, Any]:
