@@ -77,14 +77,22 @@ test: setup-vllm ## the whole test suite, with real vLLM engines
 test-fast: setup ## the tests that need no vLLM
 	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
 
+# Each leaves `failed=1` where a test does: the parts behind it run all the same.
+define EVERY_WAY
+KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS) || failed=1
+endef
+define OLDEST
+$(VENV31)/bin/python -m pytest tests/unit/adapter $(ENGINES31) -m "not slow" $(PYTEST_FLAGS) \
+  || failed=1; \
+$(VENV31)/bin/python -m pytest tests/e2e/test_vllm_models.py tests/e2e/test_vllm_states.py \
+  -k "$(FAMILIES31)" $(PYTEST_FLAGS) || failed=1
+endef
+
 test-oldest: setup-vllm31 ## the adapter and its engines with the oldest vLLM
-	$(VENV31)/bin/python -m pytest tests/unit/adapter $(ENGINES31) -m "not slow" $(PYTEST_FLAGS)
-	$(VENV31)/bin/python -m pytest tests/e2e/test_vllm_models.py tests/e2e/test_vllm_states.py \
-	  -k "$(FAMILIES31)" $(PYTEST_FLAGS)
+	@failed=0; $(OLDEST); exit $$failed
 
 test-all: setup-vllm setup-vllm31 ## all of it: slow tests, every transport, the oldest vLLM
-	KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS)
-	$(MAKE) --no-print-directory test-oldest
+	@failed=0; $(EVERY_WAY); $(OLDEST); exit $$failed
 
 lint: setup ## ruff, strict mypy, and the generated code against its source
 	$(PY) -m ruff check .
