@@ -35,7 +35,7 @@ OTHER_VLLM := $(PY) -c 'from importlib.metadata import version; print("vllm", ve
 STUBS := proto/kvproto/v1
 PROTOC := $(PY) -m grpc_tools.protoc -Iproto $(STUBS)/kvserver.proto
 
-.PHONY: help setup setup-vllm setup-vllm31 test test-fast test-oldest test-all lint format proto config demo bench pins clean
+.PHONY: help setup setup-vllm setup-vllm31 test test-fast test-gpu test-oldest test-all lint format proto config demo bench pins clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -72,14 +72,17 @@ setup-vllm31: ## an environment of its own with the oldest vLLM that is supporte
 	$(MAKE) --no-print-directory setup-vllm VENV=$(VENV31) VLLM=$(VLLM31) PINS=vllm31
 
 test: setup-vllm ## the whole test suite, with real vLLM engines
-	$(PY) -m pytest -m "not slow" --durations=5 $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow and not gpu" --durations=5 $(PYTEST_FLAGS)
 
 test-fast: setup ## the tests that need no vLLM
-	$(PY) -m pytest -m "not slow and not vllm" $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow and not vllm and not gpu" $(PYTEST_FLAGS)
+
+test-gpu: setup ## the tests that need a CUDA device (and torch, CuPy and NIXL for it)
+	$(PY) -m pytest tests/gpu $(PYTEST_FLAGS)
 
 # Each leaves `failed=1` where a test does: the parts behind it run all the same.
 define EVERY_WAY
-KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest --durations=20 $(PYTEST_FLAGS) || failed=1
+KVSERVER_TEST_WAYS=shm,tcp,nixl $(PY) -m pytest -m "not gpu" --durations=20 $(PYTEST_FLAGS) || failed=1
 endef
 define OLDEST
 $(VENV31)/bin/python -m pytest tests/unit/adapter $(ENGINES31) -m "not slow" $(PYTEST_FLAGS) \

@@ -32,6 +32,7 @@ from kvclient import Role
 from kvproto.namespace import NamespaceSpec
 from kvserver_vllm.config import Settings
 from kvserver_vllm.cores import binds, cores_of
+from kvserver_vllm.device import DEVICES
 from kvserver_vllm.errors import UnsupportedError
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.figures import Figures, PromFigures
@@ -46,6 +47,7 @@ from kvserver_vllm.identity import (
 )
 from kvserver_vllm.layout import has_tails
 from kvserver_vllm.link import HubLink
+from kvserver_vllm.marks import marks_of
 from kvserver_vllm.messages import RankHolds, RankReport, Section, StepMeta
 from kvserver_vllm.scheduler import SchedulerHalf
 from kvserver_vllm.sections import (
@@ -181,14 +183,18 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def shutdown(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._worker is not None:
+                self._worker.close()
             self._link.close()
 
     # ---- worker role -------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config, parallel = self._vllm_config, self._vllm_config.parallel_config
-        for device in {tensor.device.type for tensor in kv_caches.values()} - {"cpu"}:
-            raise UnsupportedError(f"KV cache on {device}: this release moves KV in host memory")
+        devices = {tensor.device for tensor in kv_caches.values()}
+        for device in devices:
+            if device.type not in DEVICES:
+                raise UnsupportedError(f"KV cache on {device.type}, not on {' or '.join(DEVICES)}")
         stage, tp_rank = divmod(int(parallel.rank), int(parallel.tensor_parallel_size))
         stage %= int(parallel.pipeline_parallel_size)
         sections, self._holds = hold(
@@ -208,6 +214,7 @@ class KVServerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             pushes=tp_rank % replicas(config) == 0,
             group_tokens=self._group_tokens(),
             rank=int(parallel.rank),
+            marks=marks_of(devices, self._link.post),
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

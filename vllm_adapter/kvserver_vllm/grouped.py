@@ -15,7 +15,19 @@ from typing import Any
 import numpy as np
 
 from kvproto.errors import FieldError
+from kvserver_vllm.device import DevicePages
 from kvserver_vllm.layout import SKIP, Addresses, Bytes, HostPages, base_of, of_group
+
+Placed = HostPages | DevicePages
+
+
+def pages_of(encoding: str, tensors: Sequence[Any]) -> Placed:
+    """Pages of one KV cache group, wherever its tensors are. FieldError unless they are together"""
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise FieldError("kv_caches", sorted(devices), "all on one device")
+    on_host = all(tensor.device.type == "cpu" for tensor in tensors)
+    return (HostPages if on_host else DevicePages)(encoding, tensors)
 
 
 class GroupedPages:
@@ -29,7 +41,7 @@ class GroupedPages:
         for at, (group, _) in enumerate(layers):
             dealt.setdefault(group, []).append(at)
         self._dealt = {
-            group: (places, HostPages(encoding, [layers[at][1] for at in places]))
+            group: (places, pages_of(encoding, [layers[at][1] for at in places]))
             for group, places in dealt.items()
         }
         pages = [one for _, one in self._dealt.values()]
@@ -70,7 +82,7 @@ class GroupedPages:
 
     def _parts(
         self, layer: int, stop: int, page_ids: Sequence[int]
-    ) -> Iterator[tuple[HostPages, int, int, Sequence[int], slice]]:
+    ) -> Iterator[tuple[Placed, int, int, Sequence[int], slice]]:
         """(pages of a group, its layers from, to, their page ids, their places in the stretch)."""
         for group, (places, pages) in self._dealt.items():
             ids = of_group(page_ids, group, self._groups)
@@ -116,7 +128,7 @@ class StatePages:
         return list(page_ids[:: len(page_ids) // self._groups])
 
 
-def _page_of(pages: HostPages) -> tuple[int, int, int]:
+def _page_of(pages: Placed) -> tuple[int, int, int]:
     return pages.heads, pages.format.page_tokens, pages.format.page_bytes
 
 

@@ -222,15 +222,15 @@ class Pages(Protocol):
     """Engine pages of one section's layers and heads on this rank. Layers are counted from the
     rank's first of that section; `page_ids` are those of all groups of the engine.
 
-    An engine in host memory implements it with strided copies; one on a device would with a
-    gather kernel into staging.
+    In host memory they are copied as they lie (`HostPages`), on a device they are gathered there
+    first (`kvserver_vllm.device`).
     """
 
     layers: int
     heads: int
     format: PageFormat
-    memory: list[Bytes]
-    """The storages that the pages lie in."""
+    memory: list[Any]
+    """The storages that the pages lie in, as arrays or tensors of bytes."""
 
     def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
         """Where these pages lie, [stop - layer, heads, len(page_ids)]; None unless each of them is
@@ -249,29 +249,25 @@ class Pages(Protocol):
         """Pages of a block."""
 
 
-class HostPages:
-    """Pages of KV tensors in host memory, of one KV cache group."""
+class PlacedPages:
+    """What follows from where the tensors lie, of pages of one KV cache group."""
 
-    def __init__(self, encoding: str, tensors: Sequence[Any]) -> None:
-        """`tensors` are the rank's layers in order, torch tensors on the CPU."""
+    def __init__(self, encoding: str, tensors: Sequence[Any], bases: Sequence[int]) -> None:
+        """`tensors` are the rank's layers in order; `bases`: where the storage of each begins."""
         if not tensors:
             raise FieldError("kv_caches", 0, "at least one layer")
-        described = [LayerTensor.of(tensor) for tensor in tensors]
-        first = described[0]
-        for layer in described:
+        self._described = [LayerTensor.of(tensor) for tensor in tensors]
+        first = self._described[0]
+        for layer in self._described:
             if _shape(layer) != _shape(first):
                 raise FieldError(
                     "kv_caches", _shape(layer), f"equal in all layers, {_shape(first)}"
                 )
-        self.layers = len(described)
+        self.layers = len(self._described)
         self.heads = first.heads
         self.blocks = first.blocks
         self.format = PageFormat.of(encoding, first)
-        memory = [_storage_bytes(tensor) for tensor in tensors]
-        self._stretches = _stretches(memory, described, self.format)
-        self._described = described
-        self._bases = [base_of(raw) for raw in memory]
-        self.memory = list({base_of(raw): raw for raw in memory}.values())  # each storage once
+        self._bases = bases
 
     def addresses(self, layer: int, stop: int, page_ids: Sequence[int]) -> Addresses | None:
         form = self.format
@@ -287,6 +283,26 @@ class HostPages:
             found[row] = inner + (np.arange(self.heads) * one.head_stride)[:, None]
         return found
 
+    def present(self, page_ids: Sequence[int]) -> list[int]:
+        return [at for at, page in enumerate(page_ids) if page != SKIP]
+
+    def count(self, page_ids: Sequence[int]) -> int:
+        return len(page_ids)
+
+
+class HostPages(PlacedPages):
+    """Pages of KV tensors in host memory, of one KV cache group."""
+
+    def __init__(self, encoding: str, tensors: Sequence[Any]) -> None:
+        """`tensors` are the rank's layers in order, torch tensors on the CPU."""
+        memory = [storage_of(tensor).numpy() for tensor in tensors]
+        super().__init__(encoding, tensors, [base_of(raw) for raw in memory])
+        self.memory = list({base_of(raw): raw for raw in memory}.values())  # each storage once
+        self._stretches = [
+            (stretch, [_part_view(memory[stretch.start], where) for where in stretch.parts])
+            for stretch in stretches(self._described, self._bases, self.format)
+        ]
+
     def gather(self, layer: int, stop: int, page_ids: Sequence[int], out: Bytes) -> None:
         for engine, cells in self._pairs(layer, stop, page_ids, out):
             np.copyto(cells, engine)
@@ -294,12 +310,6 @@ class HostPages:
     def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
         for engine, source in self._pairs(layer, stop, page_ids, cells):
             np.copyto(engine, source)
-
-    def present(self, page_ids: Sequence[int]) -> list[int]:
-        return [at for at, page in enumerate(page_ids) if page != SKIP]
-
-    def count(self, page_ids: Sequence[int]) -> int:
-        return len(page_ids)
 
     def _pairs(
         self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes
@@ -310,13 +320,13 @@ class HostPages:
         engine costs up to 5 ms.
         """
         for position, block, count, page, pages in _runs(page_ids, self.format.pages_per_block):
-            for stretch in self._stretches:
+            for stretch, views in self._stretches:
                 first, last = max(layer, stretch.start), min(stop, stretch.stop)
                 if first >= last:
                     continue
                 rows = slice(first - stretch.start, last - stretch.start)
                 part_cells = cells[first - layer : last - layer]
-                for part, view in zip(self.format.parts, stretch.views, strict=True):
+                for part, view in zip(self.format.parts, views, strict=True):
                     yield (
                         view[rows, block : block + count, page : page + pages],
                         _cell_part(part_cells, position, part, count, pages),
@@ -324,39 +334,72 @@ class HostPages:
 
 
 @dataclass(frozen=True, slots=True)
+class Where:
+    """One part of all pages of a stretch: [layers, blocks, pages per block, heads, rows, row bytes]
+    with these strides, from `start` of its storage on; bytes."""
+
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stretch:
-    """Layers [start, stop) that lie at equal distances in one storage, one view per part."""
+    """Layers [start, stop) that lie at equal distances in one storage."""
 
     start: int
     stop: int
-    views: list[Bytes]
+    parts: list[Where]
 
 
-def _stretches(
-    memory: Sequence[Bytes], layers: Sequence[LayerTensor], form: PageFormat
+def stretches(
+    layers: Sequence[LayerTensor], bases: Sequence[int], form: PageFormat
 ) -> list[Stretch]:
-    """As few stretches as the layers' places in memory allow."""
-    found, start = [], 0
+    """As few stretches as the layers' places in memory allow; `bases` as in PlacedPages."""
+    found, start = list[Stretch](), 0
     while start < len(layers):
         stop, distance = start + 1, 0
         while stop < len(layers):
             step = layers[stop].address - layers[stop - 1].address
-            same = base_of(memory[stop]) == base_of(memory[start])
+            same = bases[stop] == bases[start]
             if not same or step <= 0 or distance not in (0, step):
                 break
             stop, distance = stop + 1, step
-        views = [
-            _part_view(memory[start], layers[start], stop - start, distance, form, part)
-            for part in form.parts
-        ]
-        found.append(Stretch(start, stop, views))
+        parts = [_where(layers[start], stop - start, distance, form, part) for part in form.parts]
+        found.append(Stretch(start, stop, parts))
         start = stop
     return found
 
 
-def base_of(raw: Bytes) -> int:
-    """Where a storage begins."""
-    return int(raw.__array_interface__["data"][0])
+def _where(layer: LayerTensor, layers: int, distance: int, form: PageFormat, part: Part) -> Where:
+    return Where(
+        layer.address + part.start,
+        (layers, layer.blocks, form.pages_per_block, layer.heads, part.rows, part.row_bytes),
+        (
+            distance,
+            layer.block_stride,
+            part.page_stride,
+            layer.head_stride,
+            part.row_stride,
+            1,
+        ),
+    )
+
+
+def check_within(where: Where, storage_bytes: int) -> None:
+    """FieldError unless every byte lies in a storage of that size."""
+    last = sum((n - 1) * s for n, s in zip(where.shape, where.strides, strict=True))
+    if where.start < 0 or min(where.strides) < 0 or where.start + last >= storage_bytes:
+        raise FieldError(
+            "kv_cache.stride", where.strides, f"within its storage of {storage_bytes} bytes"
+        )
+
+
+def base_of(raw: Any) -> int:
+    """Where a storage begins: an array, or a tensor."""
+    if isinstance(raw, np.ndarray):
+        return int(raw.__array_interface__["data"][0])
+    return int(raw.data_ptr())
 
 
 def _shape(layer: LayerTensor) -> tuple[int, ...]:
@@ -370,34 +413,17 @@ def _shape(layer: LayerTensor) -> tuple[int, ...]:
     )
 
 
-def _storage_bytes(tensor: Any) -> Bytes:
-    """The tensor's whole storage as bytes; the array keeps the storage alive."""
+def storage_of(tensor: Any) -> Any:
+    """The tensor's whole storage as a tensor of bytes, which keeps it alive."""
     import torch
 
-    raw = torch.empty(0, dtype=torch.uint8)
-    raw.set_(tensor.untyped_storage())
-    array: Bytes = raw.numpy()
-    return array
+    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return raw.set_(tensor.untyped_storage())
 
 
-def _part_view(
-    raw: Bytes, layer: LayerTensor, layers: int, distance: int, form: PageFormat, part: Part
-) -> Bytes:
-    """[layers, blocks, pages per block, heads, rows, row bytes] over the engine's memory."""
-    shape = (layers, layer.blocks, form.pages_per_block, layer.heads, part.rows, part.row_bytes)
-    strides = (
-        distance,
-        layer.block_stride,
-        part.page_stride,
-        layer.head_stride,
-        part.row_stride,
-        1,
-    )
-    start = layer.address + part.start
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if start < 0 or min(strides) < 0 or start + last >= raw.size:
-        raise FieldError("kv_cache.stride", strides, f"within its storage of {raw.size} bytes")
-    return np.lib.stride_tricks.as_strided(raw[start:], shape, strides)
+def _part_view(raw: Bytes, where: Where) -> Bytes:
+    check_within(where, raw.size)
+    return np.lib.stride_tricks.as_strided(raw[where.start :], where.shape, where.strides)
 
 
 def _cell_part(cells: Bytes, position: int, part: Part, count: int, pages: int) -> Bytes:

@@ -1,20 +1,25 @@
 """The worker half: moves this rank's heads and layers between the engine's pages and the hub.
 
 Rules:
-  1. The engine's thread only enqueues: no call below waits for the hub or copies a page.
+  1. The engine's thread only enqueues: no call below waits for the hub or the device, or copies a
+     page.
   2. All copies run on the link's thread (pushing.py, pulling.py).
+  3. What the engine has only enqueued is done when its device has come so far (marks.py): layers
+     are pushed after that, the step ends then, and loads begin when whatever may still use their
+     pages is over.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from functools import partial
 
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.figures import Recorder
 from kvserver_vllm.link import HubLink
-from kvserver_vllm.messages import RankReport, Section, StepMeta
+from kvserver_vllm.marks import AtOnce, Marks
+from kvserver_vllm.messages import LoadJob, RankReport, Section, StepMeta
 from kvserver_vllm.pulling import Pulls
 from kvserver_vllm.pushing import Pushes, Step
 from kvserver_vllm.rank import Rank, RankSection
@@ -34,9 +39,12 @@ class WorkerHalf:
         pushes: bool,
         group_tokens: Sequence[int],
         rank: int = 0,
+        marks: Marks | AtOnce | None = None,
     ) -> None:
         """`pushes` is False on replicas; `group_tokens` are the tokens of a block of each of the
-        engine's KV cache groups; `rank` is its number among all ranks of the engine."""
+        engine's KV cache groups; `rank` is its number among all ranks of the engine; `marks` are
+        those of its device (default: it computes on the host)."""
+        self._marks = marks or AtOnce(link.post)
         self._rank = Rank(settings, link, log, sections, stage, tuple(group_tokens), rank)
         self._layer = {
             name: (at, layer)
@@ -82,33 +90,42 @@ class WorkerHalf:
             return
         place = self._layer.get(name)
         if place is not None:
-            self._rank.link.post(step.layer_done, *place)
+            section, layer = place
+            self._marks.after(lambda _: step.layer_done(section, layer))
             if log.on:
-                section, layer = place
                 jobs = [job.job for job in self._meta.saves]
                 log.write("save_layer", section=section, layer=layer, jobs=jobs)
 
     def step_saved(self) -> None:
         """vLLM's wait_for_save: whatever no layer hook took is ready now."""
-        if self._step is not None:
-            deadline = time.monotonic() + self._rank.settings.pin_ms / 1e3
-            self._rank.link.post(self._step.finish, deadline)
-            self._step = None
+        step, self._step = self._step, None
+        if step is not None:
+            pin_s = self._rank.settings.pin_ms / 1e3
+            self._marks.after(lambda ended: step.finish(ended + pin_s))
 
     def start_loads(self) -> None:
         """vLLM's start_load_kv."""
         stagings = self._pulls.stagings
         for fetch in self._meta.fetches:
             self._rank.link.post(stagings.fetch, self._meta, fetch)
-        for job in self._meta.loads:
+        meta = self._meta
+        for job in meta.loads:
             self._pulls.expect(job)
-            self._rank.link.submit(self._pulls.load(self._meta, job))
+            self._marks.after(partial(self._load, meta, job))
         for request in self._meta.drops:
             self._rank.link.post(stagings.drop, request)
         for request in self._meta.voids:
             self._rank.link.post(self._pulls.void, request)
         for request in self._meta.aborts:
             self._rank.link.post(self._pulls.abort, request)
+
+    def _load(self, meta: StepMeta, job: LoadJob, _: float) -> None:
+        """On the link's thread: nothing of the engine uses the job's pages any more."""
+        self._rank.link.spawn(self._pulls.load(meta, job))
+
+    def close(self) -> None:
+        """No hook follows."""
+        self._marks.close()
 
     def take_received(self) -> set[str]:
         """Requests whose load ended since the last call; fixes what the next two calls answer."""

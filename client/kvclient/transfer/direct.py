@@ -100,6 +100,25 @@ class Scattered:
     piece_bytes: int
     read: Callable[[int, int], Bytes]
 
+    @classmethod
+    def of(cls, cells: Any) -> Scattered:
+        """Of the cells of one block in a torch tensor of bytes, uint8 [layers, heads, cell bytes],
+        on the CPU or a CUDA device, each cell in one piece. What a device still writes there is
+        the caller's to wait for. InvalidArgument for anything else.
+        """
+        shape = tuple(int(n) for n in cells.shape)
+        if len(shape) != 3 or cells.element_size() != 1 or int(cells.stride(2)) != 1:
+            raise InvalidArgument.of("cells", shape, "bytes [layers, heads, cell bytes], dense")
+        layer, head = int(cells.stride(0)), int(cells.stride(1))
+        steps = np.arange(shape[0])[:, None] * layer + np.arange(shape[1]) * head
+        addresses = (steps + int(cells.data_ptr())).astype(np.uint64)
+
+        def read(first: int, last: int) -> Bytes:
+            host: Bytes = cells[first:last].cpu().numpy()
+            return host
+
+        return cls(addresses[:, :, None], shape[2], read)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         layers, heads, pieces = self.addresses.shape

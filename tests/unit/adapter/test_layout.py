@@ -18,43 +18,11 @@ from kvserver_vllm.layout import (
     PageFormat,
 )
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-LAYERS, BLOCKS, HEADS, DIMS = 3, 6, 2, 4
-CONTENT = 2 * DIMS
-# Logical axes L B H N C, outermost first.
-ORDERS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+import torch
 
-
-def kv_tensors(
-    order: str,
-    tokens: int,
-    *,
-    dtype=torch.float32,
-    offset: int = 0,
-    pad: int = 0,
-    blocks: int = BLOCKS,
-):
-    """Layers over one storage in physical order `order`, `pad` items between blocks' rows."""
-    sizes = {"L": LAYERS, "B": blocks, "H": HEADS, "N": tokens, "C": CONTENT}
-    strides, step = {}, 1
-    for axis in reversed(order):
-        strides[axis] = step
-        step = step * sizes[axis] + (pad if axis == order[1] else 0)
-    raw = torch.zeros(offset + step, dtype=dtype)
-    shape = [sizes[axis] for axis in "BHNC"]
-    return [
-        torch.as_strided(
-            raw, shape, [strides[axis] for axis in "BHNC"], offset + layer * strides["L"]
-        )
-        for layer in range(LAYERS)
-    ]
-
-
-def fill(tensors) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for tensor in tensors:
-        tensor.copy_(torch.rand(tensor.shape, generator=generator).to(tensor.dtype))
+from tests.support.kv_tensors import BLOCKS, CONTENT, DIMS, HEADS, LAYERS, ORDERS, fill, kv_tensors
 
 
 def cells(pages: HostPages, count: int) -> np.ndarray:
