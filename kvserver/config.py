@@ -21,6 +21,7 @@ from kvserver.options import (
     choice,
     count,
     flag,
+    medium,
     names,
     option,
     optional_address,
@@ -157,9 +158,16 @@ class Settings:
     )
     device_bytes: int = option(
         0,
-        "size of the device tier, which this version keeps in process memory: it exercises three"
-        " tiers and gains nothing else; 0: none",
+        "size of the device tier, for the hottest blocks; 0: none",
         size(0),
+        _DEVICE,
+    )
+    device: str = option(
+        "cuda",
+        "what the device tier is made of: cuda or cuda:N, the memory of that GPU (needs the extra"
+        " kvserver[cuda13] or kvserver[cuda12]); memory, this process's own, which exercises three"
+        " tiers and gains nothing",
+        medium,
         _DEVICE,
     )
     keys_per_call_max: int = option(

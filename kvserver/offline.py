@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvproto.errors import FieldError
-from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
+from kvserver.journal.errors import JOURNAL_NAME, JournalError
 from kvserver.options import format_bytes
 from kvserver.tables import table
 from kvserver.tiers.check import AreaReport, Progress, check_disk, check_host
@@ -50,6 +50,8 @@ def check_host_files(directory: Path, *, verify: bool, progress: Progress) -> Ar
 
 def check_disk_files(directory: Path, *, verify: bool, progress: Progress) -> AreaReport:
     """What the slot file and journal of a disk directory hold, and what of it is bad."""
+    from kvserver.journal.directory import Directory  # and RocksDB, which nobody else here needs
+
     with _locked(directory):
         if not (directory / JOURNAL_NAME).is_dir():
             raise OfflineError(f"no journal in {directory}")

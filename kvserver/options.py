@@ -95,6 +95,13 @@ def count(low: int, high: int) -> Parser:
     return parse
 
 
+def medium(name: str, value: object) -> str:
+    """`memory`, `cuda` (the first GPU) or `cuda:N`."""
+    if isinstance(value, str) and re.fullmatch(r"memory|cuda(:\d{1,3})?", value.strip()):
+        return value.strip()
+    raise ConfigError(name, value, "memory, cuda or cuda:N")
+
+
 def flag(name: str, value: object) -> bool:
     words = {"true": True, "yes": True, "1": True, "on": True}
     words |= {"false": False, "no": False, "0": False, "off": False}

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -45,14 +45,16 @@ from kvserver.core.events import (
     Tier,
     TierDown,
 )
-from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError
+from kvserver.journal.errors import JournalError
 from kvserver.journal.record import DiskRecord
+from kvserver.media import open_device, open_disk
 from kvserver.moving import open_moves
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
 from kvserver.options import read_file
 from kvserver.runtime import failpoints, recovery
 from kvserver.runtime.copies import Copies
+from kvserver.runtime.device import DeviceTier, Pinning
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.mover import Mover
@@ -67,17 +69,19 @@ from kvserver.service.calls import Gate, Incidents
 from kvserver.service.local import LocalCalls
 from kvserver.service.port import open_port
 from kvserver.service.stats import stats_reply
-from kvserver.tiers.device import FakeDevice
-from kvserver.tiers.disk import SLOTS_NAME, DiskFile
+from kvserver.tiers.device import DeviceArena
+from kvserver.tiers.disk import DiskFile
 from kvserver.tiers.errors import TierError
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
-from kvserver.tiers.lock import DirectoryLock
 from kvserver.tiers.names import NamespaceLog
 from kvserver.transfer.base import TransferError
 from kvserver.transfer.permits import Permits, new_secret
 from kvserver.transfer.shm import ShmServer
 from kvserver.transfer.tcp.endpoint import TcpEndpoint, Tls
+
+if TYPE_CHECKING:
+    from kvserver.journal.directory import Directory
 
 SWITCH_INTERVAL_S = 1e-4  # lookups next to copying threads: DESIGN 5
 SOCKET_NAME = "shm.sock"
@@ -157,8 +161,8 @@ class Server:
         self._parts.push_async_callback(grpc_server.stop, None)
         self._open_host()
         failpoints.hit("start.after_lock")
-        disk = self._open_disk()
-        self._build(disk)
+        disk = open_disk(settings, self._parts, self._unmake)
+        self._build(disk, open_device(settings, self._parts))
         failpoints.hit("start.before_restore")
         self._recover(disk)
         failpoints.hit("start.before_ready")
@@ -226,29 +230,8 @@ class Server:
         self._parts.callback(self.names.close)
         self.liveness = Liveness(directory)
 
-    def _open_disk(self) -> tuple[DiskFile, Directory] | None:
+    def _build(self, disk: tuple[DiskFile, Directory] | None, device: DeviceArena | None) -> None:
         settings = self.settings
-        if not settings.disk_path:
-            return None
-        directory = Path(settings.disk_path)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = DirectoryLock.acquire(directory)
-        self._parts.callback(lock.release)
-        if not any((directory / name).exists() for name in (SLOTS_NAME, JOURNAL_NAME)):
-            self._unmake.append(partial(offline.purge_disk_files, directory))
-        file = DiskFile.open(directory / SLOTS_NAME, settings.disk_bytes)
-        journal = Directory.open(directory / JOURNAL_NAME, file_id=file.file_id)
-        for note in (*file.notes, *journal.notes):
-            logs.event(log, "disk_note", logging.WARNING, note=note)
-        if file.cold_reason:
-            logs.event(log, "disk_cold", reason=file.cold_reason)
-        return file, journal
-
-    def _build(self, disk: tuple[DiskFile, Directory] | None) -> None:
-        settings = self.settings
-        device = FakeDevice(settings.device_bytes) if settings.device_bytes else None
-        if device is not None:
-            self._parts.callback(device.close)
         self.config = hub_config(settings, host_bytes=self.host.data_bytes)
         self.driver = Driver(
             self.config,
@@ -261,9 +244,13 @@ class Server:
         self.disk = None
         if disk is not None:
             self.disk = DiskTier(*disk, failed=self._disk_failed, log=logs.get_logger("disk"))
+        self.device = self._pinning = None
+        if device is not None:
+            self.device = DeviceTier(device, failed=self._device_failed)
+            self._pinning = Pinning(device, self.host, logs.get_logger("host"))
         self.mover = Mover(
             self.host,
-            Copies(self.host, disk=self.disk, device=device),
+            Copies(self.host, disk=self.disk, device=self.device),
             self.disk,
             threads=settings.data_threads,
             spec_of=self.driver.hub.spec_of,
@@ -283,6 +270,10 @@ class Server:
     def _disk_failed(self, reason: str) -> None:
         logs.event(log, "disk_down", logging.ERROR, reason=reason)
         self.driver.post(TierDown(Tier.DISK, reason))
+
+    def _device_failed(self, reason: str) -> None:
+        logs.event(log, "device_down", logging.ERROR, reason=reason)
+        self.driver.post(TierDown(Tier.DEVICE, reason))
 
     def _recover(self, disk: tuple[DiskFile, Directory] | None) -> None:
         started, found = time.monotonic(), recovery.Recovered()
@@ -334,6 +325,7 @@ class Server:
             self.driver,
             host=self.host,
             disk=self.disk,
+            device=self.device,
             shm=shm,
             permits=Permits(secret),
             tcp=self._tcp,
@@ -469,7 +461,12 @@ class Server:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
 
     async def _grow(self) -> None:
-        prefault = Prefault(self.host, post=self.driver.post, log=logs.get_logger("host"))
+        prefault = Prefault(
+            self.host,
+            post=self.driver.post,
+            grew=self._pinning.grew if self._pinning else None,
+            log=logs.get_logger("host"),
+        )
         await asyncio.to_thread(prefault.first)
         prefault.start()
         self._parts.push_async_callback(asyncio.to_thread, prefault.stop)

@@ -63,7 +63,7 @@ def _tiers(tiers: Iterable[pb.TierStats]) -> str:
             t.slots_committed,
             t.slots_copying,
             t.slots_quarantined,
-            "up" if t.up else f"DOWN: {t.note}",
+            (f"up, {t.medium}" if t.medium else "up") if t.up else f"DOWN: {t.note}",
         )
         for t in tiers
     ]

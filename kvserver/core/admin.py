@@ -15,6 +15,7 @@ from kvserver.core.events import DropNamespace, Evict, Tier, TierDown, TierGrew,
 from kvserver.core.holds import Holds
 from kvserver.core.instructions import Evicted
 from kvserver.core.sessions import Sessions
+from kvserver.core.slots import COMMITTED
 from kvserver.core.spills import Spill, Spills
 
 _DROPPED_MAX = 1024
@@ -109,6 +110,15 @@ class Admin:
         self._books.up_bits &= ~bit(event.tier)
         if event.tier == DISK:
             self._spills.fail_all()
+        elif event.tier == DEVICE:
+            self._lose_device()
+
+    def _lose_device(self) -> None:
+        """What a device held is gone for good; what is on its way there, its JobDone ends."""
+        table = self._books.slots[DEVICE]
+        for slot in range(1, table.length):
+            if table.state[slot] == COMMITTED:
+                self._books.lose(table.row[slot], DEVICE)
 
     def tier_up(self, event: TierUp) -> None:
         table = self._books.slots[event.tier]

@@ -174,7 +174,7 @@ class Fetches:
         target = job.target[1] if job.target else 0
         if books.slots[DEVICE].row[target] != row:
             return
-        if failed or not self._jobs.alive(job):
+        if failed or not self._jobs.alive(job) or not books.slots[DEVICE].up:
             books.detach(row, DEVICE)
         else:
             books.settle(row, DEVICE)

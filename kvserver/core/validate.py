@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import Counter
 
 from kvserver.core.blocks import ABSENT, ANNOUNCED, COMPLETE, FILLING, bit
-from kvserver.core.books import DISK, HOST, Books
+from kvserver.core.books import DEVICE, DISK, HOST, Books
 from kvserver.core.errors import InvariantError
 from kvserver.core.events import BlockState, Tier
 from kvserver.core.holds import Holds
 from kvserver.core.jobs import Jobs
-from kvserver.core.slots import SlotState, SlotTable
+from kvserver.core.slots import COMMITTED, SlotState, SlotTable
 from kvserver.core.space import Space
 from kvserver.core.spills import Spill, Spills
 from kvserver.core.streams import Streams
@@ -44,6 +44,7 @@ def validate(
     _fillings(books, holds, wrong)
     _pins(books, holds, jobs, streams, wrong)
     _spills(books, spills, wrong)
+    _device(books, wrong)
     _holds(books, holds, wrong)
     _streams(books, streams, holds, wrong)
     waiting = set(space.waiting())
@@ -247,6 +248,11 @@ def _spills(books: Books, spills: Spills, wrong: list[str]) -> None:
     _check(wrong, spills.running <= books.config.spill_copies_max, "too many spills")
     up = books.slots[DISK].up
     _check(wrong, up or not queued, "spills are queued for a tier that is down")
+
+
+def _device(books: Books, wrong: list[str]) -> None:
+    table = books.slots[DEVICE]
+    _check(wrong, table.up or not table.counts[COMMITTED], "a device that is down holds blocks")
 
 
 def _holds(books: Books, holds: Holds, wrong: list[str]) -> None:

@@ -40,9 +40,9 @@ from rocksdict import (
 )
 
 from kvserver.journal import record as codec
+from kvserver.journal.errors import JournalError
 from kvserver.journal.record import DiskRecord, RecordError
 
-JOURNAL_NAME = "journal"
 WRITE_BUFFER_BYTES = 16 << 20
 WAL_BYTES_MAX = 64 << 20
 _COUNT = b"c"
@@ -53,15 +53,6 @@ _SLOTS_END = b"t"  # the first key after those of the slots
 _SALVAGE_STEP_BYTES = 16 * 1024
 _SALVAGE_STEP_BYTES_MAX = 1 << 60
 _RECOVERY_DROPPED = b": dropping "  # what RocksDB logs for a stretch of its log that it cannot read
-
-
-class JournalError(Exception):
-    """An operation on the journal failed."""
-
-    def __init__(self, operation: str, reason: object) -> None:
-        self.operation = operation
-        self.reason = str(reason)
-        super().__init__(f"journal {operation}: {self.reason}")
 
 
 class Scan(NamedTuple):

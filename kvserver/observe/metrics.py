@@ -48,6 +48,8 @@ COUNTERS = {
     "spills": ("kvserver_spills", "Blocks written to disk."),
     "spill_skipped": ("kvserver_spill_skipped", "Blocks that lost their disk copy to the lag."),
     "promotions": ("kvserver_promotions", "Blocks copied from disk to memory."),
+    "uploads": ("kvserver_uploads", "Blocks copied from memory to the device."),
+    "downloads": ("kvserver_downloads", "Blocks copied from the device to memory."),
     "tails_expired": ("kvserver_tails_expired", "Tails that left when their time was over."),
     "tails_displaced": ("kvserver_tails_displaced", "Tails that made way for newer ones."),
 }
@@ -191,10 +193,10 @@ def _totals(counters: Mapping[str, int]) -> Iterator[Metric]:
     yield restored
     moved = CounterMetricFamily(
         "kvserver_bytes",
-        "Bytes moved. Host: what clients pushed and pulled; disk: written and read.",
+        "Bytes moved. Host: what clients pushed and pulled; device, disk: written and read.",
         labels=["tier", "direction"],
     )
-    for tier in ("host", "disk"):
+    for tier in TIER_NAMES.values():
         for direction in ("in", "out"):
             moved.add_metric([tier, direction], rest.pop(f"bytes_{tier}_{direction}", 0))
     yield moved

@@ -27,9 +27,9 @@ from kvserver.core.instructions import (
     Verify,
 )
 from kvserver.runtime import failpoints
+from kvserver.runtime.device import DeviceTier
 from kvserver.runtime.disk import DiskTier
 from kvserver.tiers.checksums import verify_slot
-from kvserver.tiers.device import DeviceArena
 from kvserver.tiers.entry import ValidEntry
 from kvserver.tiers.host import HostArena
 
@@ -60,7 +60,7 @@ class Copies:
     """Carries out PROMOTE, UPLOAD, DOWNLOAD and Verify. SPILL is the disk tier's own."""
 
     def __init__(
-        self, host: HostArena, *, disk: DiskTier | None, device: DeviceArena | None
+        self, host: HostArena, *, disk: DiskTier | None, device: DeviceTier | None
     ) -> None:
         self._host = host
         self._disk = disk
@@ -97,14 +97,14 @@ class Copies:
 
     def _upload(self, job: Copy, shape: Shape) -> JobDone:
         assert self._device is not None
-        self._device.upload(job.target.offset, self._view(job.source, shape))
+        self._device.upload(job.target, self._view(job.source, shape))
         return JobDone(job.job)
 
     def _download(self, job: Copy, spec: NamespaceSpec, shape: Shape) -> JobDone:
         assert self._device is not None
         view = self._view(job.target, shape)
         self._host.write_invalid(job.target.offset, job.target.generation)
-        self._device.download(job.source.offset, view)
+        self._device.download(job.source, view)
         root = root_of(trailer_of(view, shape.cells, shape.cell_bytes))
         if not verify_slot(view, shape.cells, shape.cell_bytes, root):
             return JobDone(job.job, "checksums differ on the device", corrupt=True)
@@ -146,7 +146,7 @@ class Copies:
         else:
             assert self._device is not None
             view = aligned_buffer(shape.io_bytes)
-            self._device.download(place.offset, view)
+            self._device.download(place, view)
             root = root_of(trailer_of(view, shape.cells, shape.cell_bytes))
         failpoints.hit("verify.read")
         if not verify_slot(view, shape.cells, shape.cell_bytes, root):

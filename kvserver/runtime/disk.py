@@ -17,6 +17,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +30,14 @@ from kvserver.core.instructions import (
     BlockInfo,
     Copy,
 )
-from kvserver.journal.directory import Directory, JournalError
+from kvserver.journal.errors import JournalError
 from kvserver.journal.record import DiskRecord
 from kvserver.runtime import failpoints
 from kvserver.tiers.disk import DiskFile
 from kvserver.tiers.errors import DiskError
+
+if TYPE_CHECKING:
+    from kvserver.journal.directory import Directory
 
 FAILURES = (DiskError, JournalError, OSError)
 

@@ -42,6 +42,8 @@ NAMES = frozenset(
         "journal.put",
         "journal.sync",
         "disk.reopen",
+        "device.upload",  # before the copy
+        "device.download",
         "verify.read",
         "nixl.post",  # the slot is still what was granted, its bytes are to be moved now
     }

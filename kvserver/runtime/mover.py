@@ -32,6 +32,7 @@ from kvserver.core.instructions import (
 )
 from kvserver.journal.record import DiskRecord
 from kvserver.runtime.copies import Copies, Shape
+from kvserver.runtime.device import DeviceDown
 from kvserver.runtime.disk import DiskDown, DiskTier, Spill
 from kvserver.tiers.checksums import verify_slot
 from kvserver.tiers.entry import ValidEntry
@@ -132,7 +133,7 @@ class Mover:
     def _run_job(self, job: Copy | Verify, spec: NamespaceSpec) -> None:
         try:
             done = self._copies.carry_out(job, spec)
-        except (DiskDown, OSError) as error:
+        except (DiskDown, DeviceDown, OSError) as error:
             done = JobDone(job.job, str(error))
             with self._wake:
                 self._wake.notify()  # a read may be what took the disk down

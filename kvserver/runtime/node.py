@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from kvproto.namespace import NamespaceSpec
 from kvserver.core import events, instructions
 from kvserver.core.errors import CoreError, ErrorKind
+from kvserver.runtime.device import DeviceTier
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.moves import Moves
@@ -40,6 +41,7 @@ class Node:
         *,
         host: HostArena,
         disk: DiskTier | None,
+        device: DeviceTier | None,
         shm: ShmServer,
         permits: Permits,
         tcp: TcpEndpoint | None,
@@ -65,6 +67,7 @@ class Node:
         self._namespaces = namespaces
         self._dropped = dropped  # counters of what the start could not restore
         self._disk = disk
+        self._device = device
         self._shm = shm
         self._tcp = tcp
         self.permits = permits  # what clients of a remote transport show for their grants
@@ -82,14 +85,20 @@ class Node:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self.driver.stop()
 
+    def medium(self, tier: int) -> str:
+        """What a tier is made of, where that is not one and the same everywhere."""
+        return self._device.name if self._device and tier == events.Tier.DEVICE else ""
+
     def counters(self) -> dict[str, int]:
         """What the shell counts beside the core."""
-        disk = self._disk
+        disk, device = self._disk, self._device
         return {
             "bytes_host_in": self.driver.entries.bytes_committed,
             "bytes_host_out": self.bytes_granted,
             "bytes_disk_in": disk.bytes_written if disk else 0,
             "bytes_disk_out": disk.bytes_read if disk else 0,
+            "bytes_device_in": device.bytes_written if device else 0,
+            "bytes_device_out": device.bytes_read if device else 0,
             "stalls": self.driver.stalls,
             "commit_mismatches": self.driver.commit_mismatches,
             "shm_granted": self._shm.granted,

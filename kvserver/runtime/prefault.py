@@ -27,14 +27,21 @@ STEP_BYTES = 128 << 20
 
 
 class Prefault(threading.Thread):
-    """Posts TierGrew for each step; `stop` ends it at the next one."""
+    """Posts TierGrew for each step; `stop` ends it at the next one. `grew` is told of each before,
+    in bytes that are resident now."""
 
     def __init__(
-        self, host: HostArena, *, post: Callable[[Event], None], log: logging.Logger
+        self,
+        host: HostArena,
+        *,
+        post: Callable[[Event], None],
+        grew: Callable[[int], None] | None = None,
+        log: logging.Logger,
     ) -> None:
         super().__init__(name="prefault")
         self._host = host
         self._post = post
+        self._grew = grew
         self._log = log
         self._stopping = threading.Event()
         self._ready = 0
@@ -61,6 +68,8 @@ class Prefault(threading.Thread):
             self._log.error("host_tier_smaller", extra={"fields": fields})
             return False
         self._ready = target
+        if self._grew is not None:
+            self._grew(target)
         self._post(TierGrew(Tier.HOST, target))
         return True
 

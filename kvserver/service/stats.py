@@ -22,7 +22,11 @@ def stats_reply(node: Node, incidents: int) -> pb.StatsReply:
         epoch=node.epoch,
         uptime_ms=convert.milliseconds(time.monotonic() - node.started),
         draining=stats.draining,
-        tiers=[_tier(tier, books) for tier, books in stats.tiers.items() if books.bytes_total],
+        tiers=[
+            _tier(tier, books, node.medium(tier))
+            for tier, books in stats.tiers.items()
+            if books.bytes_total
+        ],
         sessions=_sessions(node, stats),
         counters={**stats.counters, **node.counters(), "incidents": incidents},
         blocks=stats.blocks,
@@ -38,7 +42,7 @@ def namespace_stats(node: Node) -> list[pb.NamespaceStats]:
     return [_namespace(n) for n in node.driver.stats().namespaces]
 
 
-def _tier(tier: int, books: TierStats) -> pb.TierStats:
+def _tier(tier: int, books: TierStats, medium: str) -> pb.TierStats:
     return pb.TierStats(
         tier=pb.Tier.Name(tier),
         bytes_total=books.bytes_total,
@@ -52,6 +56,7 @@ def _tier(tier: int, books: TierStats) -> pb.TierStats:
         slots_quarantined=books.quarantined,
         up=books.up,
         note=books.note,
+        medium=medium,
     )
 
 

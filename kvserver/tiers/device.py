@@ -1,10 +1,12 @@
 """The device tier: an arena whose memory the server reaches only by copying.
 
-Rule 1: a copy has ended when the call returns; calls may come from any thread.
+Rule 1: a copy has ended when the call returns, also one that failed; calls may come from any
+        thread.
 Rule 2: a device arena is volatile: it starts empty, and nothing of it is recovered.
+Rule 3: host memory may be pinned for its copies: speed, and nothing else, depends on it.
 
-`FakeDevice` keeps the arena in process memory. It makes real copies, so the third tier runs and
-is tested on machines without a GPU.
+`MemoryDevice` keeps the arena in process memory. It makes real copies, so the third tier runs and
+is tested on machines without a GPU. The one in a GPU's memory is `kvserver.tiers.cuda`.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class DeviceArena(Protocol):
-    """What the mover needs of a device. Offsets and lengths in bytes of its data area."""
+    """What the mover needs of a device. Offsets and lengths in bytes of its data area; host memory
+    is contiguous."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For people: what the memory is."""
 
     @property
     def data_bytes(self) -> int: ...
@@ -34,12 +38,17 @@ class DeviceArena(Protocol):
     def download(self, offset: int, target: Bytes) -> None:
         """Fill `target` (host memory) from `offset`. TierError when the device fails."""
 
+    def pin(self, host: Bytes, start: int, stop: int) -> int:
+        """Pin what can be of `host[:stop]`, of which the first `start` bytes were pinned before;
+        how many bytes are now. `host` is the same memory in each call, and stays mapped until
+        `close`. TierError when that is refused: copies go on, slower."""
+
     def close(self) -> None:
-        """Give the memory back; no copy may run or follow."""
+        """Give the memory back, and what was pinned; no copy may run or follow."""
 
 
-class FakeDevice:
-    """A device arena in process memory."""
+class MemoryDevice:
+    """A device arena in process memory, for which nothing need be pinned."""
 
     name = "memory"
 
@@ -52,6 +61,9 @@ class FakeDevice:
 
     def download(self, offset: int, target: Bytes) -> None:
         target[:] = self._extent(offset, target.nbytes)
+
+    def pin(self, host: Bytes, start: int, stop: int) -> int:
+        return stop
 
     def close(self) -> None:
         self._memory = None

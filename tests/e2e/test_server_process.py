@@ -108,7 +108,7 @@ def test_a_disk_that_is_added_later_knows_the_namespaces_of_before(
 
 
 def test_three_tiers_serve_the_same_bytes(serve: Serve) -> None:
-    server = serve(disk_bytes="64MiB", device_bytes="16MiB", host_bytes="16MiB")
+    server = serve(disk_bytes="64MiB", device_bytes="16MiB", device="memory", host_bytes="16MiB")
     keys = [key for seed in range(20, 26) for key in BLOCKS.chain(seed, 12)]
     for start in range(0, len(keys), 12):
         assert push(server, keys[start : start + 12], durable=True) == 12

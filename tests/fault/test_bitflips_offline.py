@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from kvproto.arena import ENTRY_BYTES, HEADER_BYTES, RECORD_BYTES, SEALED_BYTES, UNIT
-from kvserver.journal.directory import JOURNAL_NAME, Directory
+from kvserver.journal.directory import Directory
+from kvserver.journal.errors import JOURNAL_NAME
 from kvserver.journal.record import DiskRecord
 from kvserver.tiers.check import check_host
 from kvserver.tiers.checksums import cell_checksums, slot_root, store_checksums, verify_slot

@@ -184,6 +184,14 @@ class HubMachine(WriterMachine):
         self.world.send(ev.TierUp(DISK) if self.disk_up else ev.TierDown(DISK, "EIO"))
         self.settle()
 
+    @op(1)
+    def device_fails(self) -> None:
+        """Once, and for good: what is on it alone is lost, all the rest stays."""
+        if self.config.device_bytes and self.device_up:
+            self.device_up = False
+            self.world.send(ev.TierDown(DEVICE, "cudaErrorIllegalAddress"))
+            self.settle()
+
     @op(1, on=st.sampled_from([True, True, False]))
     def watch(self, on: bool) -> None:
         if on:
@@ -251,7 +259,7 @@ class HubMachine(WriterMachine):
             generations={k: g for k, g in old.generations.items() if k[0] != DEVICE},
             ticket=old.ticket, turns_by_hand=old.turns_by_hand,
         )  # fmt: skip
-        self.stalled, self.disk_up = 0.0, True
+        self.stalled, self.disk_up, self.device_up = 0.0, True, True
         self.restore(old)
         self.model.complete = {
             (self.handles[h], key)

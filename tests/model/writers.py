@@ -100,7 +100,7 @@ class WriterMachine(RuleBasedStateMachine):
         self.live: list[Writing] = []
         self.private: set[bytes] = set()  # keys of slots that were reserved ahead
         self.stalled = 0.0
-        self.disk_up = True
+        self.disk_up = self.device_up = True
         self.open_session()
         self.handles = [self.world.namespace(1, spec) for spec in SPECS]
         for ns, span in warm:

@@ -45,6 +45,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "grpc_reflection": frozenset({"kvserver.service", "kvserver.server"}),
     "prometheus_client": frozenset({"kvserver.observe", "kvserver_vllm.figures"}),
     "rocksdict": frozenset({"kvserver.journal"}),
+    "cupy": frozenset({"kvserver.tiers"}),
     "aiohttp": frozenset({"kvserver.router"}),
     "multidict": frozenset({"kvserver.router"}),
     "yarl": frozenset({"kvserver.router"}),

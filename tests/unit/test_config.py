@@ -99,6 +99,9 @@ def test_parse_bytes_refuses(text: object) -> None:
         ("drain_ms", "-1", "a whole number"),
         ("disk_bytes", "1GiB", "a directory when disk_bytes is set"),
         ("shm_tenants", 3, "a list of names"),
+        ("device", "gpu", "memory, cuda or cuda:N"),
+        ("device", "cuda:", "memory, cuda or cuda:N"),
+        ("device", 0, "memory, cuda or cuda:N"),
     ],
 )
 def test_a_bad_value_names_field_and_limit(name: str, value: object, limit: str) -> None:
@@ -157,6 +160,13 @@ def test_a_disk_needs_a_size_and_the_default_directory_a_port() -> None:
     with pytest.raises(ConfigError, match="host_dir"):
         load({"listen": "127.0.0.1:0"})
     assert load({"listen": "127.0.0.1:7"}).host_dir == "/dev/shm/kvserver-7"
+
+
+def test_nobody_has_a_device_tier_that_is_not_a_gpu_unasked() -> None:
+    assert (Settings().device_bytes, Settings().device) == (0, "cuda")
+    assert load({"device_bytes": "1GiB"}).device == "cuda"
+    assert load({"device": "cuda:3"}).device == "cuda:3"
+    assert load({"device": "memory"}).device == "memory"
 
 
 def test_lists_and_flags_in_every_spelling(tmp_path: Path) -> None:

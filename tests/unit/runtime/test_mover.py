@@ -22,10 +22,12 @@ from kvserver.core.instructions import (
 from kvserver.observe.logs import get_logger
 from kvserver.runtime import failpoints
 from kvserver.runtime.copies import Copies
+from kvserver.runtime.device import DeviceTier
 from kvserver.runtime.disk import DiskTier
 from kvserver.runtime.mover import Mover
-from kvserver.tiers.device import FakeDevice
+from kvserver.tiers.device import MemoryDevice
 from kvserver.tiers.entry import ValidEntry
+from kvserver.tiers.errors import TierError
 from kvserver.tiers.host import HostArena
 from tests.unit.runtime.conftest import (
     BLOCKS,
@@ -51,7 +53,11 @@ class Rig:
         self.incidents: list[BaseException] = []
         self.disk: DiskTier = disk_files.open()
         self.disk._failed = lambda reason: self.posted(TierDown(Tier.DISK, reason))
-        copies = Copies(host, disk=self.disk, device=FakeDevice(1 << 20))
+        self.arena = MemoryDevice(1 << 20)
+        self.device = DeviceTier(
+            self.arena, failed=lambda reason: self.posted(TierDown(Tier.DEVICE, reason))
+        )
+        copies = Copies(host, disk=self.disk, device=self.device)
         self.mover = Mover(
             host,
             copies,
@@ -137,6 +143,52 @@ def test_upload_and_download_through_the_device(rig: Rig) -> None:
     rig.mover.submit(Verify(3, device, info(KEYS[0])))
     rig.mover.submit(Verify(4, target, info(KEYS[0])))
     assert all(not done.error for done in rig.done(4).values())
+
+
+def test_wrong_bytes_on_the_device_are_corrupt_and_never_valid(rig: Rig) -> None:
+    source = put_block(rig.host, 0, KEYS[0])
+    device = Place(Tier.DEVICE, SLOT, SLOT, 1)
+    target = Place(Tier.HOST, 16 * SLOT, SLOT, 9)
+    rig.mover.submit(Copy(1, JobKind.UPLOAD, source, device, info(KEYS[0])))
+    rig.done(1)
+    rig.arena.upload(SLOT + 17, rig.host.slot(17, 1) ^ 1)
+    rig.mover.submit(Copy(2, JobKind.DOWNLOAD, device, target, info(KEYS[0])))
+    assert rig.done(2)[2].corrupt
+    assert not isinstance(rig.host.read_entry(target.offset), ValidEntry)
+    assert rig.device.up
+
+
+@pytest.mark.parametrize("name", ["upload", "download"])
+def test_a_device_that_fails_once_is_asked_no_more(
+    rig: Rig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = put_block(rig.host, 0, KEYS[0])
+    device = Place(Tier.DEVICE, SLOT, SLOT, 1)
+    target = Place(Tier.HOST, 16 * SLOT, SLOT, 9)
+    rig.mover.submit(Copy(1, JobKind.UPLOAD, source, device, info(KEYS[0])))
+    rig.done(1)
+    asked: list[int] = []
+
+    def broken(offset: int, view: object) -> None:
+        asked.append(offset)
+        raise TierError(f"{name}: cudaErrorIllegalAddress: an illegal memory access")
+
+    monkeypatch.setattr(rig.arena, name, broken)
+    up = Copy(2, JobKind.UPLOAD, source, device, info(KEYS[0]))
+    down = Copy(3, JobKind.DOWNLOAD, device, target, info(KEYS[0]))
+    rig.mover.submit(up if name == "upload" else down)
+    (fallen,) = rig.posted.wait(1, TierDown)
+    assert isinstance(fallen, TierDown)
+    assert fallen.tier is Tier.DEVICE
+    assert "cudaErrorIllegalAddress" in fallen.reason
+    for job in (up, down, Verify(4, device, info(KEYS[0]))):
+        rig.mover.submit(job)
+    ended = [e for e in rig.posted.wait(5) if isinstance(e, JobDone) and e.job > 1]
+    assert len(ended) == 4
+    assert all(done.error and not done.corrupt for done in ended), ended
+    assert asked == [SLOT]
+    assert not rig.device.up
+    assert not isinstance(rig.host.read_entry(target.offset), ValidEntry)
 
 
 def test_verify_finds_a_flipped_bit_in_every_tier(rig: Rig) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvserver.tiers.device import DeviceArena, FakeDevice
+from kvserver.tiers.device import DeviceArena, MemoryDevice
 from kvserver.tiers.errors import TierError
 
 
 def test_what_is_uploaded_is_downloaded() -> None:
-    device: DeviceArena = FakeDevice(1 << 20)
+    device: DeviceArena = MemoryDevice(1 << 20)
     assert (device.name, device.data_bytes) == ("memory", 1 << 20)
     source = np.arange(16384, dtype=np.uint32).view(np.uint8)
     device.upload(65536, source)
@@ -27,7 +27,7 @@ def test_what_is_uploaded_is_downloaded() -> None:
 
 
 def test_a_closed_device_fails_and_extents_are_checked() -> None:
-    device = FakeDevice(1 << 20)
+    device = MemoryDevice(1 << 20)
     for offset in (-1, (1 << 20) - 4095):
         with pytest.raises(AssertionError):
             device.upload(offset, np.zeros(4096, np.uint8))
