@@ -130,13 +130,15 @@ def run(index: int, seconds: float) -> dict[str, Any]:
         verify(device, host, 2)
         rows += measure(kinds, host, state="pinned", seconds=seconds / 2)
         verify(device, host, 3)
-        return {
-            "machine": {**machine.facts(), "gpu": device.name},
-            "pin_gb_s": round(AREA / pin_s / 1e9, 2),
-            "rows": rows,
-        }
+        began = time.monotonic()
     finally:
         device.close()
+    return {
+        "machine": {**machine.facts(), "gpu": device.name},
+        "pin_gb_s": round(AREA / pin_s / 1e9, 2),
+        "close_ms": round((time.monotonic() - began) * 1e3, 2),
+        "rows": rows,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

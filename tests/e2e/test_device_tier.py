@@ -6,44 +6,48 @@ In process memory, which every machine has; tests/gpu/test_device_tier.py does i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvclient.results import Tier
+from kvserver.runtime import failpoints
 from tests.support import device_tier as tier
-from tests.support.server import ServerError, ServerProcess, start_server
-
-Serve = Callable[..., ServerProcess]
-
-
-def test_hot_blocks_come_back_from_the_device(serve: Serve) -> None:
-    server = serve(**tier.OPTIONS, device="memory")
-    tier.comes_back_whole(server.address)
-    assert tier.tier_of(server.stats()).medium == "memory"
-    assert server.wait_event("device_tier_ready")["device"] == "memory"
+from tests.support.device_tier import ServerThread
+from tests.support.server import ServerError, start_server
 
 
-def test_a_bit_that_flips_on_the_device_is_a_miss() -> None:
+@pytest.fixture
+def server() -> Iterator[ServerThread]:
     with tier.server_thread(device="memory") as server:
-        tier.wrong_bytes_are_dropped(server)
+        yield server
+    failpoints.disarm()
 
 
-def test_a_device_that_fails_ends_its_tier_and_nothing_else(serve: Serve) -> None:
-    server = serve(**tier.OPTIONS, device="memory", failpoints="device.download=errno:EIO@3")
-    tier.on_the_device(server.address)
-    assert np.count_nonzero(tier.pull(server.address, tier.HOT).found) < len(tier.HOT)
-    reason = server.wait_event("device_down")["reason"]
-    assert "failpoint device.download" in reason
-    tier.until(lambda: tier.tier_of(server.stats()).note == reason, "the tier does not go down")
-    tier.until(lambda: tier.tier_of(server.stats()).bytes_used == 0, "slots stay")
-    assert not tier.tier_of(server.stats()).up
-    tier.push(server.address, tier.HOT)
-    result = tier.pull(server.address, tier.HOT)
+def test_hot_blocks_come_back_from_the_device(server: ServerThread) -> None:
+    tier.comes_back_whole(server.address)
+    assert tier.tier_of(tier.stats(server.address)).medium == "memory"
+
+
+def test_a_bit_that_flips_on_the_device_is_a_miss(server: ServerThread) -> None:
+    tier.wrong_bytes_are_dropped(server)
+
+
+def test_a_device_that_fails_ends_its_tier_and_nothing_else(server: ServerThread) -> None:
+    address = server.address
+    tier.on_the_device(address)
+    failpoints.arm("device.download=errno:EIO@3")
+    assert np.count_nonzero(tier.pull(address, tier.HOT).found) < len(tier.HOT)
+    tier.until(lambda: not tier.tier_of(tier.stats(address)).up, "the tier does not go down")
+    assert "failpoint device.download" in tier.tier_of(tier.stats(address)).note
+    tier.until(lambda: not tier.tier_of(tier.stats(address)).bytes_used, "slots stay")
+    tier.push(address, tier.HOT)
+    result = tier.pull(address, tier.HOT)
     assert result.found.all()
-    assert set(result.tiers.tolist()) == {2}
-    assert not server.stats().counters["incidents"]
+    assert set(result.tiers.tolist()) == {Tier.HOST}
+    assert not tier.stats(address).counters["incidents"]
 
 
 def test_nobody_gets_a_gpu_tier_that_is_none(tmp_path: Path) -> None:

@@ -66,13 +66,14 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 
 def heat(address: str) -> None:
-    """Pull the hot blocks until each is on the device."""
-
-    def warm() -> bool:
+    """Pull the hot blocks until each is on the device, as often as that takes and no more: on a
+    slow machine they must not become so hot that `flood` cannot move them."""
+    for _ in range(20):
         assert pull(address, HOT).found.all()
-        return bool(tier_of(stats(address)).slots_committed == len(HOT))
-
-    until(warm, "the hot blocks do not go to the device")
+        until(lambda: not tier_of(stats(address)).slots_copying, "a copy does not end")
+        if tier_of(stats(address)).slots_committed == len(HOT):
+            return
+    raise AssertionError("the hot blocks do not go to the device")
 
 
 def flood(address: str) -> None:
