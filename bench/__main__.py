@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         blocks = 2_000 if options.quick else 100_000
         result["restart"] = asdict(control.measure_restart(blocks=blocks, progress=progress))
     if "tcp" in sections:
-        wires = wire.measure_tcp(rounds=3 if options.quick else 15, progress=progress)
+        rounds, batches = (3, wire.BATCHES[:1]) if options.quick else (15, wire.BATCHES)
+        wires = wire.measure_tcp(rounds=rounds, progress=progress, batches=batches)
         result["wire"] = [asdict(row) for row in wires]
     if "control" in sections:
         rounds, seconds = (1, 2.0) if options.quick else (5, 3.0)

@@ -115,7 +115,7 @@ def _wire(rows: list[dict[str, Any]]) -> str:
         ("over a wire", "bare GB/s", "GB/s", "ratio", "range", "floor", ""),
         [
             (
-                f"{row['transport']} {row['operation']}",
+                f"{row['transport']} {row['operation']}, {row['mib']} MiB",
                 f"{row['bare_gb_s']:.2f}",
                 f"{row['speed_gb_s']:.2f}",
                 f"{row['ratio']:.2f}",

@@ -1,11 +1,12 @@
 """Push and pull over tcp, as ratios to a bare socket.
 
 Method. The client process pushes or pulls batches of 8 MiB blocks over ONE connection; before each
-sample the same number of bytes goes through a bare loopback socket between two processes, 1 MiB a
-call, in the same direction, between memory of the same kinds: the client's blocks, and a resident
-shared mapping of which random extents are used, as a hub's arena is. The median of the pairwise
-ratios is the figure. A push and a pull
-include everything: the gRPC calls, a checksum of each cell on both sides, the check of the root.
+sample BARE_BYTES go through a bare loopback socket between two processes, 1 MiB a call, in the same
+direction, between memory of the same kinds: the client's blocks, and a resident shared mapping of
+which random extents are used, as a hub's arena is. The median of the pairwise ratios of speeds is
+the figure. A push and a pull include everything: the gRPC calls, a checksum of each cell on both
+sides, the check of the root. So there are two batches: what a short one waits for calls, a long one
+does not notice.
 All slots have been written before, as all pages of the bare receiver's mapping have.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bench.worker import BARE_BYTES
 from tests.support.server import free_port, start_server
 
 Progress = Callable[[str], None]
-BATCH = 16
+BATCHES = (16, 64)  # 128 MiB, as many as the bare socket moves, and 512
 FLOOR = 0.8
 _LEAD_S = 0.01
 
@@ -35,6 +36,7 @@ class WireRow:
 
     transport: str
     operation: str
+    mib: int
     rounds: int
     bare_gb_s: float
     speed_gb_s: float
@@ -45,9 +47,11 @@ class WireRow:
     floor_met: bool
 
 
-def measure_tcp(*, rounds: int, progress: Progress) -> list[WireRow]:
-    plan = full_plan()
-    host_bytes = int(6 * BATCH * plan.block_bytes * 1.2) + (64 << 20)
+def measure_tcp(
+    *, rounds: int, progress: Progress, batches: Sequence[int] = BATCHES
+) -> list[WireRow]:
+    plan, most = full_plan(), max(batches)
+    host_bytes = int(3 * most * plan.block_bytes * 1.2) + (64 << 20)
     with (
         tempfile.TemporaryDirectory(prefix="kvserver-bench-") as scratch,
         start_server(
@@ -57,23 +61,29 @@ def measure_tcp(*, rounds: int, progress: Progress) -> list[WireRow]:
     ):
         wait_resident(server)
         connect = {
-            "address": server.address, "spec": plan.spec.canonical, "sources": BATCH,
-            "targets": BATCH, "seed": 1, "transport": "tcp", "connections": 1,
+            "address": server.address, "spec": plan.spec.canonical, "sources": most,
+            "targets": most, "seed": 1, "transport": "tcp", "connections": 1,
         }  # fmt: skip
         fleet.one("connect", **connect)
         port = fleet.one("bare_listen", worker=1)
         fleet.one("prepare", worker=1, block_bytes=plan.block_bytes)
-        fleet.begin("bare_open", worker=1, port=0, arena_bytes=6 * BATCH * plan.block_bytes)
+        fleet.begin("bare_open", worker=1, port=0, arena_bytes=3 * most * plan.block_bytes)
         fleet.one("bare_open", port=port)
         fleet.result(worker=1)
         # Who writes a slot for the first time maps it in, which costs as much as the copy.
-        rounds_to_fill = -(-host_bytes // (BATCH * plan.block_bytes))
-        known = fleet.one("publish", count=rounds_to_fill * BATCH, batch=BATCH)
-        fleet.one("learn", keys=known[-BATCH:])
-        return [_row(fleet, name, rounds, progress) for name in ("pull", "push")]
+        rounds_to_fill = -(-host_bytes // (most * plan.block_bytes))
+        known = fleet.one("publish", count=rounds_to_fill * most, batch=most)
+        fleet.one("learn", keys=known[-most:])
+        return [
+            _row(fleet, operation, batch, batch * plan.block_bytes, rounds, progress)
+            for batch in batches
+            for operation in ("pull", "push")
+        ]
 
 
-def _row(fleet: Fleet, operation: str, rounds: int, progress: Progress) -> WireRow:
+def _row(
+    fleet: Fleet, operation: str, batch: int, size: int, rounds: int, progress: Progress
+) -> WireRow:
     bare: list[float] = []
     speed: list[float] = []
     for turn in range(rounds + 1):
@@ -81,18 +91,19 @@ def _row(fleet: Fleet, operation: str, rounds: int, progress: Progress) -> WireR
             fleet.one("plan_bare", worker=worker, sends=sends)
         timings = fleet.all("run", at=time.monotonic() + _LEAD_S)
         bare_s = max(t.ended for t in timings) - min(t.began for t in timings)
-        fleet.one(f"plan_{operation}", calls=1, batch=BATCH)
+        fleet.one(f"plan_{operation}", calls=1, batch=batch)
         timing = fleet.one("run", at=time.monotonic() + _LEAD_S)
         if operation == "pull":
             fleet.one("check_pulled", count=2)
         if turn:  # the first pair warms up
             bare.append(BARE_BYTES / bare_s / 1e9)
-            speed.append(BARE_BYTES / (timing.ended - timing.began) / 1e9)
+            speed.append(size / (timing.ended - timing.began) / 1e9)
     ratios = sorted(s / b for s, b in zip(speed, bare, strict=True))
     ratio = statistics.median(ratios)
     row = WireRow(
         transport="tcp",
         operation=operation,
+        mib=size >> 20,
         rounds=rounds,
         bare_gb_s=round(statistics.median(bare), 2),
         speed_gb_s=round(statistics.median(speed), 2),
@@ -102,5 +113,6 @@ def _row(fleet: Fleet, operation: str, rounds: int, progress: Progress) -> WireR
         floor=FLOOR,
         floor_met=ratio >= FLOOR,
     )
-    progress(f"tcp {operation}: {row.speed_gb_s} GB/s, bare {row.bare_gb_s}, ratio {row.ratio}")
+    speeds = f"{row.speed_gb_s} GB/s, bare {row.bare_gb_s}, ratio {row.ratio}"
+    progress(f"tcp {operation} of {row.mib} MiB: {speeds}")
     return row

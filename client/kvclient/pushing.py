@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from kvproto.grid import Region
 if TYPE_CHECKING:
     from kvclient.namespace import AsyncNamespace
 
+T = TypeVar("T")
 PUSH_WINDOW_BYTES = 64 << 20  # reserved at once by a push, twice that while windows overlap
 
 
@@ -50,7 +52,7 @@ class Push:
 
     async def run(self) -> None:
         windows = list(self._windows(range(len(self._hashes))))
-        tasks: list[asyncio.Task[object]] = []
+        tasks: list[asyncio.Task[Any]] = []
         try:
             if len(windows) == 1:  # there is nothing to overlap with
                 await self._whole(windows[0])
@@ -84,23 +86,38 @@ class Push:
         reservation = await self._reserve(window)
         await self._finish(window, reservation, await self._copy(window, reservation))
 
-    async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[object]]) -> None:
-        loop = asyncio.get_running_loop()
-        reserving = loop.create_task(self._reserve(windows[0]))
-        tasks.append(reserving)
-        finishing: list[asyncio.Task[None]] = []
+    async def _pipelined(self, windows: list[list[int]], tasks: list[asyncio.Task[Any]]) -> None:
+        """Windows are reserved while others are copied, two of them at a time, and committed while
+        later ones are. A copy begins when its window is reserved where it then follows the one
+        before (`Transfer.follows`), elsewhere when that has ended.
+        """
+
+        def begin(step: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+            tasks.append(asyncio.create_task(step))
+            return tasks[-1]
+
+        reserving = begin(self._reserve(windows[0]))
+        copying: deque[asyncio.Task[Writing | None]] = deque()
+        finishing: deque[asyncio.Task[None]] = deque()
         for number, window in enumerate(windows):
             reservation = await reserving
+            if copying and not self._namespace.session.link.transfer.follows:
+                await copying.popleft()
+            copying.append(begin(self._copy(window, reservation)))
+            finishing.append(begin(self._finish_after(copying[-1], window, reservation)))
             if number + 1 < len(windows):
-                if len(finishing) > 1:
-                    await finishing.pop(0)
-                reserving = loop.create_task(self._reserve(windows[number + 1]))
-                tasks.append(reserving)
-            work = await self._copy(window, reservation)
-            finishing.append(loop.create_task(self._finish(window, reservation, work)))
-            tasks.append(finishing[-1])
+                if len(copying) > 1:
+                    await copying.popleft()
+                if len(finishing) > 2:
+                    await finishing.popleft()
+                reserving = begin(self._reserve(windows[number + 1]))
         for task in finishing:
             await task
+
+    async def _finish_after(
+        self, copying: asyncio.Task[Writing | None], window: list[int], reservation: Reservation
+    ) -> None:
+        await self._finish(window, reservation, await copying)
 
     def _windows(self, indices: Sequence[int]) -> Iterator[list[int]]:
         grid = self._namespace.grid

@@ -54,6 +54,12 @@ class Transfer(Protocol):
         ...
 
     @property
+    def follows(self) -> bool:
+        """Whether a put that is begun while another runs follows it without a gap, and costs it
+        nothing."""
+        ...
+
+    @property
     def staging_bytes(self) -> int:
         """Of memory of its own, between the caller's and the arena, what is in use now."""
         ...

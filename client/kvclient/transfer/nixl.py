@@ -65,6 +65,7 @@ class NixlTransfer:
     """A Transfer (`kvclient.transfer.base`). Built by `open_nixl`."""
 
     transport = "nixl"
+    follows = False
     mapped = False
 
     def __init__(

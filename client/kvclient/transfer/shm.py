@@ -73,6 +73,7 @@ class ShmArena(Mapped):
     """An Arena (`kvclient.transfer.base`) over the mapped file. Built by `open_arena`."""
 
     transport = "shm"
+    follows = False
 
     def __init__(self, address: str, answer: Answer, arena_fd: int, liveness_fd: int) -> None:
         """Takes the liveness descriptor (-1: for reading only); the caller closes `arena_fd`."""

@@ -1,14 +1,14 @@
 """The `tcp` transport: cells travel over connections to the hub's data port (`kvproto.frames`).
 
 A put or get is cut into frames of about FRAME_BYTES and dealt out to a few connections, one thread
-each. A thread sends its frames one behind the other and takes the answers as they come; so neither
-side waits for the other between frames. Every cell is hashed here, on the way out and on arrival,
-and by the hub on its side.
+each (`kvclient.transfer.lanes`). Frames are sent one behind the other, those of the next put too,
+and answers are taken as they come; so neither side waits for the other between frames. Every cell
+is hashed here, on the way out and on arrival, and by the hub on its side.
 
 Rules:
  1. A frame counts when its answer came. What was sent and not answered may still be written by the
     hub: the work then says that it is not drained.
- 2. A cancelled put or get ends its connections and returns when its threads have let go of the
+ 2. A cancelled put or get ends its connections and returns when their threads have let go of the
     caller's memory.
  3. A broken connection costs one repetition of what was not answered, over a new one.
  4. No thread waits longer than STALL_S for a peer that neither takes nor gives a byte, or DIAL_S
@@ -18,21 +18,20 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvclient.copying import Copier, Outcome, Reading, Writing
-from kvclient.errors import KVError, Unavailable
+from kvclient.errors import Unavailable
 from kvclient.staging import aligned
 from kvclient.timing import Deadline
 from kvclient.tls import Tls
 from kvclient.transfer.base import Bytes
-from kvclient.transfer.wire import BROKEN, Wire, dial
+from kvclient.transfer.lanes import Courier, Dial, Lane, Share
+from kvclient.transfer.wire import Wire, dial
 from kvproto import frames
 from kvproto.cells import Checksums
 from kvproto.checksum import grid_checksums
@@ -44,7 +43,6 @@ CHUNK_BYTES = 512 << 10  # hashed while the next one arrives
 SHARE_BYTES_MIN = 4 << 20  # less is not worth a second connection
 ANSWERS_MAX = 256  # asked for and not taken yet: their heads fit into any socket buffer
 READS_AHEAD = 16
-DIAL_S = 5.0
 _PAUSE_S = 0.001
 
 
@@ -67,61 +65,19 @@ class _Frame:
         return self.region.cells * self.place.cell_bytes
 
 
-class _Job:
-    """The wires that work for one put or get, so that it can be ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wires: set[Wire] = set()
-        self.stopped = False
-
-    @contextmanager
-    def using(self, wire: Wire) -> Iterator[None]:
-        with self._lock:
-            if self.stopped:
-                raise ConnectionAbortedError("told to stop")
-            self._wires.add(wire)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._wires.discard(wire)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread may still touch the caller's memory. Once stopped and not busy, it stays
-        so: who dials meanwhile finds out in `using`.
-        """
-        with self._lock:
-            return bool(self._wires)
-
-    def stop(self) -> None:
-        with self._lock:
-            self.stopped = True
-            for wire in self._wires:
-                wire.shutdown()
-
-
-Share = Callable[[Wire, list[_Frame]], None]
-
-
 class TcpTransfer:
     """A Transfer (`kvclient.transfer.base`). Built by `open_tcp`."""
 
     transport = "tcp"
+    follows = True
 
     def __init__(
-        self, address: str, welcome: frames.Welcome, dial: Callable[[float], Wire],
-        first: Wire, connections: int,
-    ) -> None:  # fmt: skip
+        self, address: str, welcome: frames.Welcome, dial: Dial, first: Wire, connections: int
+    ) -> None:
         self.address = address
         self.arena_id = welcome.arena_id
         self.epoch = welcome.epoch
-        self._dial = dial
-        self._lock = threading.Lock()
-        self._idle = [first]
-        self._connections = connections
-        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="kvclient-tcp")
+        self._lanes = [Lane(dial, first), *(Lane(dial) for _ in range(connections - 1))]
         self._closed = False
 
     @property
@@ -150,12 +106,9 @@ class TcpTransfer:
         return False
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
-        self._pool.shutdown(wait=False)
+        self._closed = True
+        for lane in self._lanes:
+            lane.close()
 
     # ---- moving --------------------------------------------------------------------------
 
@@ -163,7 +116,7 @@ class TcpTransfer:
         cut = list(_frames(work))
         work.stale[:] = True
         work.drained = False
-        await self._run(lambda wire, part: self._write(wire, work, part), cut)
+        await self._run(_Puts(work, cut), cut)
         work.drained = all(frame.status is not None for frame in cut)
         work.stale[:] = False
         for frame in cut:
@@ -173,7 +126,7 @@ class TcpTransfer:
     async def get(self, work: Reading, copier: Copier) -> None:
         cut = list(_frames(work))
         work.outcomes[:] = Outcome.STALE
-        await self._run(lambda wire, part: self._read(wire, work, part), cut)
+        await self._run(_Gets(work, cut), cut)
         work.outcomes[:] = Outcome.OK
         for frame in cut:
             if frame.status is Status.CORRUPT:
@@ -182,130 +135,118 @@ class TcpTransfer:
             if frame.status not in (Status.OK, Status.CORRUPT):
                 work.outcomes[frame.index] = Outcome.STALE
 
-    async def _run(self, share: Share, cut: list[_Frame]) -> None:
-        """Every frame in some thread; returns when none of them touches the work any more."""
-        job = _Job()
-        loop = asyncio.get_running_loop()
-        try:
-            parts = _dealt(cut, self._connections)
-            futures = [loop.run_in_executor(self._pool, self._work, job, share, p) for p in parts]
-        except RuntimeError as error:  # the pool is shut down
-            raise Unavailable("the client is closed") from error
-        waiting = asyncio.gather(*futures, return_exceptions=True)
+    async def _run(self, courier: Courier, cut: list[_Frame]) -> None:
+        """Every frame over some lane; returns when none of them touches the work any more."""
+        dealt: list[tuple[Lane, Share]] = []
+        for part in _dealt(cut, len(self._lanes)):
+            lane = min(self._lanes, key=lambda lane: lane.backlog)
+            share = Share(courier, cut, part)
+            try:
+                lane.add(share)
+            except Unavailable:
+                await self._stop(dealt)
+                raise
+            dealt.append((lane, share))
+        waiting = asyncio.gather(
+            *(asyncio.wrap_future(share.over) for _, share in dealt), return_exceptions=True
+        )
         try:
             results = await asyncio.shield(waiting)
         except asyncio.CancelledError:
-            job.stop()
-            while job.busy:
-                with suppress(asyncio.CancelledError):
-                    await asyncio.sleep(_PAUSE_S)
+            await self._stop(dealt)
             raise
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
-    def _work(self, job: _Job, share: Share, part: list[_Frame]) -> None:
-        """One thread's share. What a broken connection left open, or the way there damaged, is
-        tried once more.
-        """
-        for _ in range(2):
-            left = [frame for frame in part if frame.status in (None, Status.CORRUPT)]
-            if not left or job.stopped or self._closed:
-                return
-            try:
-                wire = self._take()
-            except KVError:
-                return
-            try:
-                with job.using(wire):
-                    share(wire, left)
-            except BROKEN:
-                wire.close()
-            except BaseException:
-                wire.close()
-                raise
-            else:
-                self._keep(wire)
+    async def _stop(self, dealt: Sequence[tuple[Lane, Share]]) -> None:
+        for lane, share in dealt:
+            lane.stop(share)
+        while any(share.touching for _, share in dealt):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(_PAUSE_S)
 
-    def _take(self) -> Wire:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return self._dial(DIAL_S)
 
-    def _keep(self, wire: Wire) -> None:
-        with self._lock:
-            if not self._closed:
-                self._idle.append(wire)
-                return
-        wire.close()
+# ---- on a lane's thread ------------------------------------------------------------------------
 
-    # ---- one thread, one connection ------------------------------------------------------
 
-    def _write(self, wire: Wire, work: Writing, part: list[_Frame]) -> None:
-        scratch: list[Bytes] = []
-        taken = 0
-        for tag, frame in enumerate(part):
-            rows = work.source(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
-            sums = work.sums[frame.index, frame.start : frame.stop].reshape(-1)
-            head = frames.encode_request(frame.request(Op.WRITE, tag))
-            if wire.carries(frame.place.cell_bytes):
-                wire.send_grid(head, rows, sums)
-            else:
-                _send_chunks(wire, head, rows, sums, scratch)
-            if tag - taken >= ANSWERS_MAX:
-                self._answer(wire, Op.WRITE, taken, part)
-                taken += 1
-        for tag in range(taken, len(part)):
-            self._answer(wire, Op.WRITE, tag, part)
+class _Puts:
+    """Cells out, their checksums behind them, and a word on each frame back."""
 
-    def _answer(self, wire: Wire, op: Op, tag: int, part: list[_Frame]) -> frames.Reply:
-        reply = frames.decode_reply(wire.take(frames.REPLY_BYTES))
-        frame = part[tag]
-        if (reply.op, reply.tag) != (op, tag):
-            raise FrameError(f"an answer to {reply.op.name} {reply.tag}, not to {op.name} {tag}")
-        expected = frame.request(op, tag).answer_bytes if reply.status is Status.OK else 0
-        if reply.body_bytes != expected:
-            raise FrameError(f"an answer of {reply.body_bytes} bytes, not {expected}")
-        if op is Op.WRITE or reply.status is not Status.OK:
-            frame.status = reply.status
-        return reply
+    op = Op.WRITE
+    owed_max = ANSWERS_MAX
 
-    def _read(self, wire: Wire, work: Reading, part: list[_Frame]) -> None:
-        asked = 0
-        scratch: list[Bytes] = []
-        for tag, frame in enumerate(part):
-            while asked < min(len(part), tag + READS_AHEAD):
-                wire.send([frames.encode_request(part[asked].request(Op.READ, asked))])
-                asked += 1
-            if self._answer(wire, Op.READ, tag, part).status is not Status.OK:
-                continue
-            trailer = np.frombuffer(wire.take(frame.place.trailer_bytes), np.uint8)
-            good = self._receive(wire, work, frame, trailer, scratch)
-            after, status = frames.decode_after(wire.take(frames.AFTER_BYTES))
-            if after != tag:
-                raise FrameError(f"the end of answer {after}, not of {tag}")
-            frame.status = Status.CORRUPT if status is Status.OK and not good else status
+    def __init__(self, work: Writing, cut: Sequence[_Frame]) -> None:
+        self._work = work
+        self._cut = cut
 
-    def _receive(
-        self, wire: Wire, work: Reading, frame: _Frame, trailer: Bytes, scratch: list[Bytes]
-    ) -> bool:
+    def send(self, wire: Wire, frame: int, tag: int) -> None:
+        one, work = self._cut[frame], self._work
+        rows = work.source(one.index)[one.start : one.stop, :, : one.place.cell_bytes]
+        sums = work.sums[one.index, one.start : one.stop].reshape(-1)
+        head = frames.encode_request(one.request(Op.WRITE, tag))
+        if wire.carries(one.place.cell_bytes):
+            wire.send_grid(head, rows, sums)
+        else:
+            _send_chunks(wire, head, rows, sums)
+
+    def take(self, wire: Wire, frame: int, tag: int) -> None:
+        one = self._cut[frame]
+        one.status = _answer(wire, one, Op.WRITE, tag)
+
+
+class _Gets:
+    """Requests out, cells back."""
+
+    op = Op.READ
+    owed_max = READS_AHEAD
+
+    def __init__(self, work: Reading, cut: Sequence[_Frame]) -> None:
+        self._work = work
+        self._cut = cut
+
+    def send(self, wire: Wire, frame: int, tag: int) -> None:
+        wire.send([frames.encode_request(self._cut[frame].request(Op.READ, tag))])
+
+    def take(self, wire: Wire, frame: int, tag: int) -> None:
+        one = self._cut[frame]
+        status = _answer(wire, one, Op.READ, tag)
+        if status is not Status.OK:
+            one.status = status
+            return
+        trailer = np.frombuffer(wire.take(one.place.trailer_bytes), np.uint8)
+        good = self._receive(wire, one, trailer)
+        after, status = frames.decode_after(wire.take(frames.AFTER_BYTES))
+        if after != tag:
+            raise FrameError(f"the end of answer {after}, not of {tag}")
+        one.status = Status.CORRUPT if status is Status.OK and not good else status
+
+    def _receive(self, wire: Wire, frame: _Frame, trailer: Bytes) -> bool:
         """The cells of one answer, into their place; whether they are what was committed."""
+        work = self._work
         rows = work.target(frame.index)[frame.start : frame.stop, :, : frame.place.cell_bytes]
         sums: Checksums = np.zeros(frame.region.cells, np.uint64)
         if wire.carries(frame.place.cell_bytes):
             wire.fill_grid(rows, sums)
         else:
-            _fill_chunks(wire, rows, sums, scratch)
+            _fill_chunks(wire, rows, sums)
         return work.matches(frame.index, frame.start, frame.stop, sums, trailer)
+
+
+def _answer(wire: Wire, frame: _Frame, op: Op, tag: int) -> Status:
+    reply = frames.decode_reply(wire.take(frames.REPLY_BYTES))
+    if (reply.op, reply.tag) != (op, tag):
+        raise FrameError(f"an answer to {reply.op.name} {reply.tag}, not to {op.name} {tag}")
+    expected = frame.request(op, tag).answer_bytes if reply.status is Status.OK else 0
+    if reply.body_bytes != expected:
+        raise FrameError(f"an answer of {reply.body_bytes} bytes, not {expected}")
+    return reply.status
 
 
 # ---- where native code does not carry a frame whole --------------------------------------------
 
 
-def _send_chunks(
-    wire: Wire, head: bytes, rows: Bytes, sums: Checksums, scratch: list[Bytes]
-) -> None:
+def _send_chunks(wire: Wire, head: bytes, rows: Bytes, sums: Checksums) -> None:
     """Head, cells and checksums; each chunk is sent out of the cache that its hash left it in."""
     before: list[memoryview | bytes] = [head]
     at = 0
@@ -313,12 +254,12 @@ def _send_chunks(
         cells = chunk.shape[0] * chunk.shape[1]
         sums[at : at + cells] = grid_checksums(chunk)
         at += cells
-        wire.send([*before, _flat(chunk, scratch)])
+        wire.send([*before, _flat(chunk, wire.scratch)])
         before.clear()
     wire.send([sums.astype("<u8", copy=False).tobytes()])
 
 
-def _fill_chunks(wire: Wire, rows: Bytes, sums: Checksums, scratch: list[Bytes]) -> None:
+def _fill_chunks(wire: Wire, rows: Bytes, sums: Checksums) -> None:
     """Receive cells, and what they are hashed to while the next ones arrive."""
     at = 0
     for chunk in _chunks(rows):
@@ -326,7 +267,7 @@ def _fill_chunks(wire: Wire, rows: Bytes, sums: Checksums, scratch: list[Bytes])
         if whole is not None:
             wire.fill(whole)
         else:
-            buffer = _scratch(scratch, chunk.size)
+            buffer = _scratch(wire.scratch, chunk.size)
             wire.fill(buffer.data)
             chunk[...] = buffer.reshape(chunk.shape)
         cells = chunk.shape[0] * chunk.shape[1]
@@ -354,16 +295,16 @@ def _frames(work: Writing | Reading) -> Iterator[_Frame]:
             yield _Frame(index, start, stop, place, part)
 
 
-def _dealt(cut: list[_Frame], connections: int) -> list[list[_Frame]]:
-    """Shares of about equal size, in order; little is not cut up."""
+def _dealt(cut: list[_Frame], connections: int) -> list[list[int]]:
+    """Shares of about equal size, in order, as indices; little is not cut up."""
     total = sum(frame.size for frame in cut)
     shares = max(1, min(connections, total // SHARE_BYTES_MIN))
-    parts: list[list[_Frame]] = [[]]
+    parts: list[list[int]] = [[]]
     filled = 0
-    for frame in cut:
+    for index, frame in enumerate(cut):
         if filled >= total * len(parts) / shares and len(parts) < shares:
             parts.append([])
-        parts[-1].append(frame)
+        parts[-1].append(index)
         filled += frame.size
     return parts if cut else []
 

@@ -33,6 +33,8 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._tls = isinstance(connection, ssl.SSLSocket)
+        self.scratch: list[Bytes] = []
+        """Memory for cells with gaps between them, its user's own."""
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
         if self._tls:

@@ -105,6 +105,7 @@ class _Memory(Mapped):
     """An Arena over plain memory, whose slots are always current."""
 
     transport = "memory"
+    follows = False
     address = ""
     arena_id = bytes(16)
     epoch = 1
