@@ -211,7 +211,8 @@ def test_others_survive_any_number_of_stopped_shares_on_their_connection() -> No
     share, stopped = job.share(), [victim.share() for victim in victims]
     lane = lane_of(*wires, shares=[stopped[0], share, *stopped[1:]])
     for number, victim in enumerate(stopped):
-        until(lambda number=number: len(wires[number].owed) == 18 - 3 * number)  # type: ignore[misc]
+        wire, sent = wires[number], 18 - 3 * number
+        until(lambda wire=wire, sent=sent: len(wire.owed) == sent)  # type: ignore[misc]
         lane.stop(victim)
         victim.over.result(10)
     share.over.result(10)
