@@ -6,11 +6,14 @@ Rule 1: one plain allocation (`cudaMalloc`), made at the start and kept: never m
 Rule 2: each calling thread copies on a non-blocking stream of its own and waits for it: copies of
         several threads overlap, none waits for what other work of the process does on the GPU, and
         the interpreter runs on meanwhile. A copy that fails is waited for all the same: nothing may
-        write host memory once the call has returned.
+        write host memory once the call has returned. So there is no deadline either: that a GPU
+        is lost, its driver says.
 Rule 3: host memory is pinned in whole steps of PIN_BYTES, counted from its begin, the last one as
         long as it is; a copy is cut where the steps meet. CUDA refuses one that is partly in
         pinned memory, and so none ever is, however far the pinning has come.
-Rule 4: whatever CUDA says is a TierError that holds the error's name. Most errors in a copy leave
+Rule 4: a thread is put on the GPU before it asks for anything, and left there. Putting it back, as
+        `cupy.cuda.Device` does, would make CUDA set up a context on the other GPU as well.
+Rule 5: whatever CUDA says is a TierError that holds the error's name. Most errors in a copy leave
         the process without a usable CUDA context, so nothing here tries again.
 
 Nothing here is imported before a GPU is asked for. CuPy brings its own CUDA runtime: the machine
@@ -64,7 +67,8 @@ class CudaDevice:
             count = runtime.getDeviceCount()
         if index >= count:
             raise FieldError("device", f"cuda:{index}", f"cuda:0 to cuda:{count - 1} here")
-        with _said(runtime, f"device cuda:{index}"), cuda.Device(index):
+        with _said(runtime, f"device cuda:{index}"):
+            runtime.setDevice(index)
             model = runtime.getDeviceProperties(index)["name"].decode()
             name = f"cuda:{index} ({model})"
             free, total = runtime.memGetInfo()
@@ -126,7 +130,8 @@ class CudaDevice:
             if start + length > stop:
                 break  # not yet
             what = f"cudaHostRegister of {length} bytes"
-            with _said(self._runtime, what), self._cuda.Device(self._index):
+            with _said(self._runtime, what):
+                self._runtime.setDevice(self._index)
                 self._runtime.hostRegister(address + start, length, 0)
             self._pinned.append(address + start)
             start += length
@@ -138,7 +143,8 @@ class CudaDevice:
         pointer, self._pointer = self._pointer, 0
         steps, self._pinned = self._pinned, []
         # Where the GPU has failed these fail as well: the process's end does it then.
-        with contextlib.suppress(self._runtime.CUDARuntimeError), self._cuda.Device(self._index):
+        with contextlib.suppress(self._runtime.CUDARuntimeError):
+            self._runtime.setDevice(self._index)
             for address in steps:
                 self._runtime.hostUnregister(address)
             self._runtime.free(pointer)

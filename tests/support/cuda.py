@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +47,7 @@ class Runtime:
         self.status = 0
         self.streams = 0
         self.waited: list[int] = []
+        self.used: set[int] = set()  # GPUs that anything was asked of
         self._current = threading.local()
 
     def break_down(self) -> None:
@@ -81,6 +80,7 @@ class Runtime:
         return self.memory_bytes - used, self.memory_bytes
 
     def malloc(self, size: int) -> int:
+        self.used.add(self.getDevice())
         self.check(size <= self.memGetInfo()[0], NO_MEMORY)
         memory = np.empty(size, np.uint8)
         self.allocated[memory.ctypes.data] = memory
@@ -93,6 +93,7 @@ class Runtime:
     def hostRegister(self, address: int, size: int, flags: int) -> None:
         self.check(sum(self.registered.values()) + size <= self.register_bytes_max, NO_MEMORY)
         assert flags == 0
+        self.used.add(self.getDevice())
         for start, length in self.registered.items():
             self.check(address + size <= start or start + length <= address, TAKEN)
         self.registered[address] = size
@@ -115,6 +116,7 @@ class Runtime:
 class _Stream:
     def __init__(self, runtime: Runtime, *, non_blocking: bool) -> None:
         assert non_blocking
+        runtime.used.add(runtime.getDevice())
         runtime.streams += 1
         self.ptr = runtime.streams
         self._runtime = runtime
@@ -127,16 +129,7 @@ class _Stream:
 def make_cupy(runtime: Runtime) -> Any:
     """What stands for the module `cupy`."""
 
-    @contextmanager
-    def current(index: int) -> Iterator[None]:
-        before = runtime.getDevice()
-        runtime.setDevice(index)
-        try:
-            yield
-        finally:
-            runtime._current.index = before
-
     def stream(*, non_blocking: bool) -> _Stream:
         return _Stream(runtime, non_blocking=non_blocking)
 
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=current, Stream=stream))
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Stream=stream))

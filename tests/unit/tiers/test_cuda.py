@@ -170,6 +170,27 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(runtime: Runtime) -> None:
         CudaDevice.open(0, SIZE)
 
 
+def test_no_gpu_is_touched_but_the_one_that_was_asked_for(runtime: Runtime) -> None:
+    runtime.gpus = 3
+    device = CudaDevice.open(2, SIZE)
+    host = noise(2 * STEP)
+
+    def work() -> None:
+        device.pin(host, 0, host.nbytes)
+        device.upload(0, host)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    device.download(0, host)
+    closing = threading.Thread(target=device.close)
+    closing.start()
+    closing.join()
+    assert len(runtime.copies) == 4
+    assert runtime.used == {2}
+    assert runtime.allocated == runtime.registered == {}
+
+
 def test_without_cupy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(TierError, match=r"install kvserver\[cuda13\].* or say device memory \("):
