@@ -22,7 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = Path("proto", "kvproto")
 SOURCES = ("cells.c", "wires.c")
 LIBRARY = FOLDER / "_cells.so"
-FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-fPIC", "-shared"]
+FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread"]
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS_MAX = 120
 

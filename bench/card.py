@@ -172,8 +172,7 @@ async def pushes(rounds: int) -> list[Row]:
         await asyncio.to_thread(wait_resident, server)
         ways = []
         for name, options in names.items():
-            client = AsyncClient(server.address, deadline_s=60, **options)
-            await client.open()
+            client = await AsyncClient.connect(server.address, deadline_s=60, **options)
             ways.append(Pushes(client, name))
             await ways[-1].open()
         for number in range(rounds + 3):  # the first ones are each slot's first write

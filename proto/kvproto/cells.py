@@ -32,7 +32,7 @@ Bytes = npt.NDArray[np.uint8]
 Checksums = npt.NDArray[np.uint64]
 
 LIBRARY = Path(__file__).with_name("_cells.so")
-INTERFACE = 2  # kv_cells_interface(): what stands beside older Python code is not used
+INTERFACE = 3  # kv_cells_interface(): what stands beside older Python code is not used
 ROW_BYTES_MIN = 241  # xxh3 has other ways for shorter inputs, which native code lacks
 STREAM_BYTES_MIN = 512 << 10
 
@@ -65,10 +65,11 @@ class Library:
         # Of wires.c; a grid's checksums come last.
         grid: list[Any] = [pointer, step, step, size, size, size, pointer]
         number, word = ctypes.c_int, ctypes.c_uint64
-        loaded.kv_send_grid.argtypes = [number, pointer, size, *grid, size]
-        loaded.kv_receive_grid.argtypes = [number, *grid, size]
+        loaded.kv_send_grid.argtypes = [number, pointer, size, *grid, size, number]
+        loaded.kv_receive_grid.argtypes = [number, *grid, size, number]
         loaded.kv_guarded_grid.argtypes = [
             number, *grid, pointer, word, pointer, word, size, size, number, pointer, pointer,
+            number,
         ]  # fmt: skip
         self.loaded = loaded
 

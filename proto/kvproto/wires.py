@@ -3,6 +3,7 @@
 A grid of cells is uint8 [layers, heads, bytes], a region of a larger one perhaps; each cell is
 contiguous. It travels in layer-major order, without gaps, and in calls without the interpreter's
 lock: between two of a loop in Python lay 0.2 ms a MiB, more than the hash takes (docs/adr/0013).
+Where this process has CORES_MIN cores, cells are hashed by a thread beside the call.
 
 Rules:
  1. Plain sockets only, and cells that native code can hash (`usable`). For others, and where it was
@@ -20,6 +21,7 @@ import ctypes
 import os
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from kvproto import cells
 from kvproto.cells import ROW_BYTES_MIN, Bytes, Checksums
 
 PORTION_BYTES = 1 << 20  # hashed, then sent; or received at most, then hashed
+CORES_MIN = 4  # two for each end of a connection
 
 Words = npt.NDArray[np.uint64]
 
@@ -74,33 +77,51 @@ def usable(cell_bytes: int) -> bool:
     return cells.native() is not None and cell_bytes >= ROW_BYTES_MIN
 
 
-def send(fd: int, head: bytes, grid: Bytes, sums: Checksums) -> None:
+@cache
+def beside() -> bool:
+    """Whether there are cores for hashing beside a transfer. Of what the process had at first."""
+    return len(os.sched_getaffinity(0)) >= CORES_MIN
+
+
+def send(fd: int, head: bytes, grid: Bytes, sums: Checksums, *, apart: bool | None = None) -> None:
     """Send `head`, the cells and, little-endian, their checksums, which are left in `sums` too.
 
     On a blocking socket. OSError as from socket.send; ValueError for arrays of another kind.
+    `apart` here and below: hashed by a thread of its own; None: as `beside` says.
     """
     layout = _layout(grid, sums)
     held = np.frombuffer(head, np.uint8)
     _raise(
         _library().kv_send_grid(
-            fd, held.ctypes.data, held.size, *layout, sums.ctypes.data, PORTION_BYTES
+            fd,
+            held.ctypes.data,
+            held.size,
+            *layout,
+            sums.ctypes.data,
+            PORTION_BYTES,
+            _apart(apart, grid.size),
         )
     )
 
 
-def receive(fd: int, grid: Bytes, sums: Checksums) -> None:
+def receive(fd: int, grid: Bytes, sums: Checksums, *, apart: bool | None = None) -> None:
     """Receive all of `grid`, and leave what its cells are hashed to in `sums`.
 
     On a blocking socket. OSError as from socket.recv, ConnectionResetError at the end of the
     stream; ValueError for arrays of another kind.
     """
     layout = _layout(grid, sums, writes=True)
-    _raise(_library().kv_receive_grid(fd, *layout, sums.ctypes.data, PORTION_BYTES))
+    _raise(
+        _library().kv_receive_grid(
+            fd, *layout, sums.ctypes.data, PORTION_BYTES, _apart(apart, grid.size)
+        )
+    )
 
 
 def receive_guarded(
-    fd: int, arrival: Arrival, *, more_bytes: int, wait_s: float, low: ctypes.c_int
-) -> Came:
+    fd: int, arrival: Arrival, *, more_bytes: int, wait_s: float, low: ctypes.c_int,
+    apart: bool | None = None,
+) -> Came:  # fmt: skip
     """Receive what comes. `more_bytes` are waited for together, `wait_s` at most; `low` is the
     socket's SO_RCVLOWAT, before and after. OSError as `receive`.
     """
@@ -117,9 +138,15 @@ def receive_guarded(
                 guard.epoch.ctypes.data, guard.epoch_wanted,
                 PORTION_BYTES, more_bytes, round(wait_s * 1000),
                 ctypes.byref(arrival._done), ctypes.byref(low),
+                _apart(apart, arrival.grid.size - arrival.done),
             )
         )
     )  # fmt: skip
+
+
+def _apart(asked: bool | None, left: int) -> int:
+    """A portion is hashed before a thread has begun."""
+    return int(left > PORTION_BYTES and beside() if asked is None else asked)
 
 
 # ---- what native code is given -----------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -73,24 +75,28 @@ GAPS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 0, 1,
 
 
 @settings(max_examples=25, deadline=None)
-@given(shape=SHAPES, gaps=st.tuples(GAPS, GAPS), guarded=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shape=SHAPES, gaps=st.tuples(GAPS, GAPS), guarded=st.booleans(), seed=st.integers(0, 99),
+    apart=st.booleans(),
+)  # fmt: skip
 def test_a_grid_arrives_with_its_checksums(
     shape: tuple[int, int, int], gaps: tuple[tuple[int, int, int], tuple[int, int, int]],
-    guarded: bool, seed: int,
+    guarded: bool, seed: int, apart: bool,
 ) -> None:  # fmt: skip
     _, source = region_of(shape, gaps[0])
     source[:] = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     wanted = sums_of(source)
     whole, target = region_of(shape, gaps[1])
     sent, got = np.zeros((2, len(wanted)), np.uint64)
-    with linked() as (one, other), beside(wires.send, one.fileno(), HEAD, source, sent):
+    send = partial(wires.send, apart=apart)
+    with linked() as (one, other), beside(send, one.fileno(), HEAD, source, sent):
         assert other.recv(len(HEAD), socket.MSG_WAITALL) == HEAD
         if guarded:
             arrival = Arrival(target, guard_of(np.array([7, 9], np.uint64)))
             low = ctypes.c_int(1)
             while True:
                 came = wires.receive_guarded(
-                    other.fileno(), arrival, more_bytes=300_000, wait_s=0.05, low=low
+                    other.fileno(), arrival, more_bytes=300_000, wait_s=0.05, low=low, apart=apart
                 )
                 if came is Came.WHOLE:
                     break
@@ -100,7 +106,7 @@ def test_a_grid_arrives_with_its_checksums(
             got[:] = arrival.sums
             other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         else:
-            wires.receive(other.fileno(), target, got)
+            wires.receive(other.fileno(), target, got, apart=apart)
         told = other.recv(8 * len(wanted), socket.MSG_WAITALL)
     assert np.array_equal(target, source)
     assert sent.tolist() == got.tolist() == np.frombuffer(told, "<u8").tolist() == wanted
@@ -108,13 +114,16 @@ def test_a_grid_arrives_with_its_checksums(
     assert (whole == 0xA5).all(), "bytes between the cells"
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("word", [0, 1])
-def test_nothing_lands_once_a_word_of_the_guard_is_another_one(word: int) -> None:
+def test_nothing_lands_once_a_word_of_the_guard_is_another_one(word: int, apart: bool) -> None:
     target, words = np.zeros((2, 2, 1000), np.uint8), np.array([7, 9], np.uint64)
     arrival, low = Arrival(target, guard_of(words)), ctypes.c_int(1)
 
     def receive() -> Came:
-        return wires.receive_guarded(other.fileno(), arrival, more_bytes=1, wait_s=0.01, low=low)
+        return wires.receive_guarded(
+            other.fileno(), arrival, more_bytes=1, wait_s=0.01, low=low, apart=apart
+        )
 
     with linked() as (one, other):
         one.sendall(b"\1" * 1500)
@@ -127,7 +136,10 @@ def test_nothing_lands_once_a_word_of_the_guard_is_another_one(word: int) -> Non
         assert len(other.recv(4000)) > 0, "it is left for the caller to throw away"
 
 
-def test_a_silent_peer_and_one_that_hangs_up() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_silent_peer_and_one_that_hangs_up(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wires, "_apart", lambda asked, left: int(apart))
+    threads = len(os.listdir("/proc/self/task"))
     grid, sums = np.zeros((2, 2, 1000), np.uint8), np.zeros(4, np.uint64)
     with linked(0.05) as (one, other):
         one.sendall(bytes(1500))
@@ -148,9 +160,14 @@ def test_a_silent_peer_and_one_that_hangs_up() -> None:
         other.close()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             wires.send(one.fileno(), HEAD, much, np.zeros(64, np.uint64))
+    assert len(os.listdir("/proc/self/task")) == threads
 
 
-def test_a_shutdown_by_another_thread_ends_a_call() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_shutdown_by_another_thread_ends_a_call(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wires, "_apart", lambda asked, left: int(apart))
     much, sums = np.zeros((64, 1, 1 << 20), np.uint8), np.zeros(64, np.uint64)
     for call in (wires.receive, lambda fd, *what: wires.send(fd, HEAD, *what)):
         with linked() as (one, _):
