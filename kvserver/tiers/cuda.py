@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from kvproto.errors import FieldError
 from kvserver.tiers.errors import TierError
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, for which CuPy has no name
+UNPIN_S = 5.0  # of a stop, at 20 ms a GiB: what is left then, the process's end unpins
 PIN_BYTES = 1 << 30  # so much at once: a stop waits for one step at most
 Bytes = npt.NDArray[np.uint8]
 
@@ -145,9 +147,10 @@ class CudaDevice:
         # Where the GPU has failed these fail as well: the process's end does it then.
         with contextlib.suppress(self._runtime.CUDARuntimeError):
             self._runtime.setDevice(self._index)
-            for address in steps:
-                self._runtime.hostUnregister(address)
             self._runtime.free(pointer)
+            deadline = time.monotonic() + UNPIN_S
+            while steps and time.monotonic() < deadline:
+                self._runtime.hostUnregister(steps.pop())
 
 
 def _edge(address: int, base: int) -> int:

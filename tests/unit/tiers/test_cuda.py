@@ -150,6 +150,18 @@ def test_a_device_that_broke_down_closes_without_a_word(runtime: Runtime) -> Non
     device.close()
 
 
+def test_a_stop_does_not_wait_for_ever_for_unpinning(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = CudaDevice.open(0, SIZE)
+    host = noise(4 * STEP)
+    assert device.pin(host, 0, host.nbytes) == host.nbytes
+    monkeypatch.setattr(cuda, "UNPIN_S", 0.0)
+    device.close()
+    assert runtime.allocated == {}
+    assert len(runtime.registered) == 4
+
+
 def test_more_than_the_gpu_has_free_is_refused_by_name(runtime: Runtime) -> None:
     with pytest.raises(FieldError, match="device_bytes is 2147483648, must be what") as has:
         CudaDevice.open(0, 2 << 30)
