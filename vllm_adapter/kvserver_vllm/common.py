@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from kvproto.prefix import ROOT
 from kvserver_vllm.chain import Chain
 from kvserver_vllm.config import Settings
 from kvserver_vllm.events import EventLog
@@ -67,40 +68,49 @@ class Hub(Protocol):
         """What was announced is not coming: whoever waits for it is told."""
 
 
+@dataclass(slots=True, eq=False)
 class Tracked:
-    """What this half knows of one request. The hub's thread writes `reply` only."""
+    """What this half knows of one request. The hub's thread writes `reply` only. A step goes
+    through all that run, with cold caches: four cache lines each, where a dict had forty."""
 
-    def __init__(self, request: Any, chain: Chain | None) -> None:
-        params = request.kv_transfer_params or {}
+    request: Any
+    chain: Chain | None
+    name: str = ""
+    hands_off: bool = False
+    handed: bool = False
+    reply: tuple[int, Answer | None] | None = None
+    asks: int = 0
+    asked_at: float = 0.0
+    answer: Answer | None = None
+    asked_blocks: int = 0
+    answered_at: float = 0.0
+    missed: bool = False
+    blocked_since: float | None = None
+    waits_since: float | None = None  # for another engine's blocks
+    fetch_refused: bool = False
+    pays: bool | None = None
+    progress: int = 0  # cells and blocks of which the hub's last word was
+    live: int = 0
+    progress_at: float = 0.0
+    matched_from: int = 0  # tokens that a load brings
+    matched_to: int = 0
+    offered: int = 0  # of them, as vLLM was told
+    announced: list[bytes] | None = None
+    announced_at: float = 0.0
+    saved: int = 0
+    completed: int = 0  # blocks: what the steps so far compute, saved or not
+    put_off: bool = False  # what it has computed, for pushes of others hold too many blocks
+    tail: bool = False  # the answer's last block is the prompt's tail
+    prompt_tokens: int = 0  # that are saved and loaded at most
+    tail_saved: bool = False
+    arrived_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        params = self.request.kv_transfer_params or {}
         self.hands_off = bool(params.get("do_remote_decode"))
         self.handed = bool(params.get("do_remote_prefill"))
-        self.request = request
-        self.name: str = request.request_id
-        self.chain = chain
-        self.reply: tuple[int, Answer | None] | None = None
-        self.asks = 0
-        self.asked_at = 0.0
-        self.answer: Answer | None = None
-        self.asked_blocks = 0
-        self.answered_at = 0.0
-        self.missed = False
-        self.blocked_since: float | None = None
-        self.waits_since: float | None = None  # for another engine's blocks
-        self.fetch_refused = False
-        self.pays: bool | None = None
-        self.progress = self.live = 0  # cells and blocks of which the hub's last word was
-        self.progress_at = 0.0
-        self.matched_from = self.matched_to = 0  # tokens that a load brings
-        self.offered = 0  # of them, as vLLM was told
-        self.announced: list[bytes] | None = None
-        self.announced_at = 0.0
-        self.saved = 0
-        self.completed = 0  # blocks: what the steps so far compute, saved or not
-        self.put_off = False  # what it has computed, for pushes of others hold too many blocks
-        self.tail = False  # the answer's last block is the prompt's tail
-        self.prompt_tokens = int(request.num_prompt_tokens)  # that are saved and loaded at most
-        self.tail_saved = False
-        self.arrived_at = 0.0
+        self.name = self.request.request_id
+        self.prompt_tokens = int(self.request.num_prompt_tokens)
 
     def keys(self, start: int, stop: int) -> list[bytes]:
         """Hashes of the blocks [start, stop) that the answer is about."""
@@ -140,8 +150,13 @@ class Common:
     tails: bool = True
     state_groups: frozenset[int] = frozenset()
     """KV cache groups whose blocks hold a recurrent state: their page ids are block ids."""
+    plain: bool = False
+    """One KV cache group without a state, a page of the hub's for each of its blocks: a request's
+    pages are its table, which is not gone through block by block."""
     pace: Pace = field(default_factory=Pace)
     pool: Any = None
+    null: int = -1
+    """The pool's null block, which stands for one that the engine does not have."""
     counters: dict[str, int] = field(default_factory=dict)
     words: list[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[Any, ...]]] = field(
         default_factory=list
@@ -195,32 +210,35 @@ class Common:
         skipped."""
         chain = tracked.chain
         assert chain is not None
-        page, block = self.page_tokens, self.block
+        page, block = self.page_tokens, self.settings.block_tokens
         last_tokens = chain.tail_tokens if tail else block
         first = blocks.start * block // page
         stop = -(-((blocks.stop - 1) * block + last_tokens) // page)
+        hashes = chain.hashes[blocks.start : blocks.stop - tail]
+        if tail:
+            hashes.append(chain.tail)
+        pages: Sequence[int] = tables[0][first:stop] if self.plain else ()
+        if len(pages) != stop - first or self.null in pages or begin > first * page:
+            pages = self._pages(tables, first, stop, begin)
+        parent = chain.hashes[blocks.start - 1] if blocks.start else ROOT
+        width = block // page * len(self.group_tokens)
+        return Run(tracked.name, parent, hashes, pages, width, block, last_tokens)
+
+    def _pages(
+        self, tables: Sequence[Sequence[int]], first: int, stop: int, begin: int
+    ) -> list[int]:
+        """The pages [first, stop) of each group, block after block of the hub."""
+        page, whole = self.page_tokens, self.block // self.page_tokens
         groups = [
             [block_ids[0]] * (stop - first)
             if group in self.state_groups
             else self._group_pages(block_ids, tokens // page, range(first, stop), begin)
             for group, (block_ids, tokens) in enumerate(zip(tables, self.group_tokens, strict=True))
         ]
-        hashes = chain.hashes[blocks.start : blocks.stop - tail]
-        if tail:
-            hashes.append(chain.tail)
-        whole, pages = block // page, groups[0]
-        if len(groups) > 1:
-            starts = range(0, stop - first, whole)
-            pages = [one for at in starts for ids in groups for one in ids[at : at + whole]]
-        return Run(
-            tracked.name,
-            chain.parent(blocks.start),
-            hashes,
-            pages,
-            whole * len(groups),
-            block,
-            last_tokens,
-        )
+        if len(groups) == 1:
+            return groups[0]
+        starts = range(0, stop - first, whole)
+        return [one for at in starts for ids in groups for one in ids[at : at + whole]]
 
     def _group_pages(
         self, block_ids: Sequence[int], per_block: int, wanted: range, begin: int
@@ -235,10 +253,9 @@ class Common:
                 block_ids[n // per_block] * per_block + n % per_block for n in range(first, held)
             ]
         pages += [SKIP] * (len(wanted) - len(pages))
-        null = self.pool.null_block.block_id if self.pool is not None else -1
-        if begin > first * self.page_tokens or null in engine:
+        if begin > first * self.page_tokens or self.null in engine:
             for n in range(first, held):
-                if n * self.page_tokens < begin or block_ids[n // per_block] == null:
+                if n * self.page_tokens < begin or block_ids[n // per_block] == self.null:
                     pages[n - first] = SKIP
         return pages
 
@@ -256,7 +273,7 @@ class Common:
 
     def engine_blocks(self, run: Run) -> Sequence[int]:
         """The engine blocks that its pages lie in; one may be named by several of its blocks."""
-        if self.group_tokens == (self.page_tokens,):
+        if self.plain:
             return run.pages if SKIP not in run.pages else [p for p in run.pages if p != SKIP]
         found: list[int] = []
         for index in range(len(run)):

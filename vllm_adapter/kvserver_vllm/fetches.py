@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from kvserver_vllm.common import Answer, Common, Tracked
 from kvserver_vllm.loads import Loads
-from kvserver_vllm.messages import FetchJob, FetchProgress
+from kvserver_vllm.messages import FetchJob, FetchProgress, StepMeta
 
 ASKS = 10
 """So often a fetch asks the hub before it is cut, where nothing comes."""
@@ -58,8 +58,9 @@ class Fetches:
         self._loads = loads
         self._ranks = ranks
         self._active: dict[str, Fetch] = {}
-        self._outgoing: list[FetchJob] = []
-        self._drops: list[str] = []
+        self.outgoing: list[FetchJob] = []
+        self.drops: list[str] = []
+        """Neither has the ranks heard of; a step looks here before it calls."""
 
     def begin(self, tracked: Tracked, start: int, stop: int, wait_s: float) -> None:
         """Order the blocks [start, stop); a writer is waited for within `wait_s`."""
@@ -72,7 +73,7 @@ class Fetches:
         over = answer is not None and answer.usable >= stop
         self._active[request] = Fetch(start, stop, now + wait_s, now, committed, over=over)
         self._loads.claim(request, keys)
-        self._outgoing.append(FetchJob(request, keys, tuple(tokens), wait_s))
+        self.outgoing.append(FetchJob(request, keys, tuple(tokens), wait_s))
         self._common.count("fetches")
 
     def covers(self, tracked: Tracked, start: int) -> bool:
@@ -82,11 +83,10 @@ class Fetches:
     def of(self, tracked: Tracked) -> Fetch | None:
         return self._active.get(tracked.name)
 
-    def take_orders(self) -> tuple[list[FetchJob], list[str]]:
-        """Fetches and drops that the ranks have not heard of."""
-        orders = self._outgoing, self._drops
-        self._outgoing, self._drops = [], []
-        return orders
+    def take_orders(self, meta: StepMeta) -> None:
+        """Tell the ranks of fetches and drops that they have not heard of."""
+        meta.fetches, meta.drops = self.outgoing, self.drops
+        self.outgoing, self.drops = [], []
 
     def reported(self, request: str, ranks: dict[int, FetchProgress]) -> None:
         fetch = self._active.get(request)
@@ -164,9 +164,5 @@ class Fetches:
     def drop(self, request: str) -> None:
         """Nobody will load it."""
         if self._active.pop(request, None) is not None:
-            self._drops.append(request)
+            self.drops.append(request)
             self._loads.unclaim(request)
-
-    @property
-    def dropping(self) -> bool:
-        return bool(self._drops)

@@ -62,14 +62,10 @@ class Loads:
         self._claims: dict[bytes, str] = {}  # key -> the request that gets it
         self._claimed: dict[str, list[bytes]] = {}  # and the other way round
         self._failed_keys: dict[bytes, float] = {}
-        self._outgoing: list[Load] = []
-        self._aborts: list[str] = []
-        self._voids: list[str] = []
-
-    @property
-    def aborting(self) -> bool:
-        """Whether ranks must still be told of an abort."""
-        return bool(self._aborts)
+        self.outgoing: list[Load] = []
+        self.aborts: list[str] = []
+        self.voids: list[str] = []
+        """None of these have the ranks heard of; a step looks here before it calls."""
 
     def without_failed(self, tracked: Tracked, usable: int, now: float) -> int:
         """Cut a prefix at the first block whose load failed a moment ago."""
@@ -151,7 +147,7 @@ class Loads:
         )  # fmt: skip
         self._active[request] = load
         self.claim(request, hashes)
-        self._outgoing.append(load)
+        self.outgoing.append(load)
         common.count("loads")
 
     def take_orders(self, meta: StepMeta) -> None:
@@ -159,10 +155,10 @@ class Loads:
         stall = stall_s(self._common.settings.load_deadline_ms)
         meta.loads = [
             LoadJob(one.request, Blocks([self._run(one)]), one.deadline_s, one.fetched, stall)
-            for one in self._outgoing
+            for one in self.outgoing
         ]
-        meta.aborts, meta.voids = self._aborts, self._voids
-        self._outgoing, self._aborts, self._voids = [], [], []
+        meta.aborts, meta.voids = self.aborts, self.voids
+        self.outgoing, self.aborts, self.voids = [], [], []
 
     def _run(self, load: Load) -> Run:
         if load.run is None:
@@ -173,7 +169,7 @@ class Loads:
 
     def forget(self) -> None:
         """The namespace is left: what is still on its way is reported as failed, whole."""
-        self._voids += self._active
+        self.voids += self._active
 
     def failed(self, request: str, position: int) -> None:
         """A rank lacks the block at `position` of this request's load."""
@@ -208,7 +204,7 @@ class Loads:
         load = self._active.get(request)
         if load is not None:
             load.aborted = True
-            self._aborts.append(request)
+            self.aborts.append(request)
 
     def _count(self, load: Load) -> None:
         """What it brought: nothing to a request that is over, and where vLLM has several KV cache

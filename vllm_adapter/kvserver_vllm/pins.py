@@ -4,15 +4,31 @@ Rules:
   1. Only this module touches and frees blocks of the pool on behalf of pushes. A block is touched
      when its job goes out and freed when every rank has reported the job; nothing else unpins it.
   2. What a request that is over has yet to name is touched when it ends, and let go of once a job
-     pins it, or none will.
+     pins it, or none will; where a job reads just that, it is the job's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvserver_vllm.runs import Run
+
+
+@dataclass(slots=True)
+class Pinned:
+    """A job on its way."""
+
+    ids: Sequence[int]
+    """Of the engine's blocks, in the order in which they were touched."""
+    keys: Sequence[bytes]
+    owners: dict[str, int]
+    """Requests that go on, and how many of the blocks are pinned for each."""
+    orphans: int
+    """How many are pinned for requests that are over."""
+    ranks: int
+    """That have not let go of it."""
 
 
 class PinLedger:
@@ -21,40 +37,39 @@ class PinLedger:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._pool: Any = None
-        self._blocks: dict[int, list[Any]] = {}
-        self._left: dict[int, int] = {}
-        self._keys: dict[int, list[bytes]] = {}
+        self._jobs: dict[int, Pinned] = {}
         self.saving: set[bytes] = set()
         """Keys on their way."""
-        self._owners: dict[int, dict[str, int]] = {}
-        self._orphans: dict[int, int] = {}
-        self._held = 0
+        self.orphans = 0
+        """Engine blocks pinned for requests that are over."""
 
     def bind(self, pool: Any) -> None:
         self._pool = pool
 
     @property
     def jobs(self) -> int:
-        return len(self._left)
+        return len(self._jobs)
 
-    @property
-    def orphans(self) -> int:
-        """Engine blocks pinned for requests that are over."""
-        return sum(self._orphans.values()) + self._held
+    def _blocks(self, ids: Sequence[int]) -> list[Any]:
+        return list(map(self._pool.blocks.__getitem__, ids))
 
     def hold(self, ids: Sequence[int]) -> None:
-        """Pin engine blocks of a request that is over; `let_go` of each of them follows."""
-        self._held += len(ids)
+        """Pin engine blocks of a request that is over; `let_go` of each of them follows, or a job
+        takes them over."""
+        self.orphans += len(ids)
         if self._pool is not None:
-            self._pool.touch(list(map(self._pool.blocks.__getitem__, ids)))
+            self._pool.touch(self._blocks(ids))
 
     def let_go(self, ids: Sequence[int]) -> None:
-        self._held -= len(ids)
+        self.orphans -= len(ids)
         if self._pool is not None:
-            self._pool.free_blocks(map(self._pool.blocks.__getitem__, reversed(ids)))
+            self._pool.free_blocks(reversed(self._blocks(ids)))
 
-    def pin(self, job: int, part: Sequence[tuple[Run, Sequence[int]]]) -> None:
-        """`part`: what the job saves, each with the engine blocks that it reads."""
+    def pin(
+        self, job: int, part: Sequence[tuple[Run, Sequence[int]]], *, over: bool = False
+    ) -> None:
+        """`part`: what the job saves, each with the engine blocks that it reads. `over`: their
+        request is."""
         owners: dict[str, int] = {}
         pinned: list[int] = []
         keys: list[bytes] = []
@@ -62,31 +77,34 @@ class PinLedger:
             owners[run.request] = owners.get(run.request, 0) + len(ids)
             pinned += ids
             keys += run.hashes
-        blocks = []
         if self._pool is not None:
-            blocks = list(map(self._pool.blocks.__getitem__, pinned))
-            self._pool.touch(blocks)
-        self._blocks[job] = blocks
-        self._left[job] = self._ranks
-        self._owners[job] = owners
-        self._keys[job] = keys
+            self._pool.touch(self._blocks(pinned))
+        orphans = len(pinned) if over else 0
+        self.orphans += orphans
+        self._jobs[job] = Pinned(pinned, keys, {} if over else owners, orphans, self._ranks)
         self.saving.update(keys)
 
+    def take_over(self, job: int, run: Run, ids: Sequence[int]) -> None:
+        """The job saves `run`, of a request that is over, and reads just what is held for it: that
+        is the job's from here on, neither touched again nor let go of."""
+        self._jobs[job] = Pinned(ids, run.hashes, {}, len(ids), self._ranks)
+        self.saving.update(run.hashes)
+
     def orphan(self, request: str) -> None:
-        for job, owners in self._owners.items():
-            self._orphans[job] = self._orphans.get(job, 0) + owners.pop(request, 0)
+        for pinned in self._jobs.values():
+            count = pinned.owners.pop(request, 0)
+            pinned.orphans += count
+            self.orphans += count
 
     def released(self, job: int, ranks: int) -> None:
-        left = self._left.get(job)
-        if left is None:
+        pinned = self._jobs.get(job)
+        if pinned is None:
             return
-        if left > ranks:
-            self._left[job] = left - ranks
+        pinned.ranks -= ranks
+        if pinned.ranks > 0:
             return
-        del self._left[job]
-        blocks = self._blocks.pop(job)
+        del self._jobs[job]
+        self.orphans -= pinned.orphans
         if self._pool is not None:
-            self._pool.free_blocks(reversed(blocks))
-        self.saving.difference_update(self._keys.pop(job))
-        self._owners.pop(job, None)
-        self._orphans.pop(job, None)
+            self._pool.free_blocks(reversed(self._blocks(pinned.ids)))
+        self.saving.difference_update(pinned.keys)

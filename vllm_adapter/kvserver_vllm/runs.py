@@ -94,16 +94,19 @@ class Blocks(Sequence[BlockPages]):
     """The blocks of some runs, one after another. Only who takes one by its number, or goes
     through them, has them made."""
 
-    __slots__ = ("_count", "_made", "_packed", "_runs")
+    __slots__ = ("_made", "_packed", "_runs")
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
-        self._count = sum(map(len, runs))
         self._packed: tuple[tuple[Any, ...], ...] = ()
         self._made: list[BlockPages] | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._made) if self._made is not None else self._count()
+
+    def _count(self) -> int:
+        of_packed = sum(len(keys) // HASH_BYTES - 1 for _, keys, *_ in self._packed)
+        return of_packed or sum(map(len, self._runs))
 
     @overload
     def __getitem__(self, at: int) -> BlockPages: ...
@@ -121,12 +124,11 @@ class Blocks(Sequence[BlockPages]):
             self._made = [block for run in runs for block in run.blocks()]
         return self._made
 
-    def __getstate__(self) -> tuple[int, tuple[tuple[Any, ...], ...]]:
-        return self._count, self._packed or tuple(run.packed() for run in self._runs)
+    def __getstate__(self) -> tuple[tuple[Any, ...], ...]:
+        return self._packed or tuple(run.packed() for run in self._runs)
 
-    def __setstate__(self, state: tuple[int, tuple[tuple[Any, ...], ...]]) -> None:
-        self._runs, self._made = (), None
-        self._count, self._packed = state
+    def __setstate__(self, state: tuple[tuple[Any, ...], ...]) -> None:
+        self._runs, self._made, self._packed = (), None, state
 
 
 def jobs_of(runs: Sequence[Run], blocks_max: int) -> Iterator[list[Run]]:

@@ -64,8 +64,11 @@ class Saves:
         self._ranks = ranks
         self._pins = PinLedger(ranks)
         self._ended: deque[Ended] = deque()
+        self._orphans_max = 0
 
     def bind(self, pool: Any) -> None:
+        total = int(pool.num_gpu_blocks)
+        self._orphans_max = max(total // ORPHAN_SHARE, min(ORPHANS_FLOOR, total // 2))
         self._pins.bind(pool)
 
     @property
@@ -101,8 +104,7 @@ class Saves:
 
     def _ordered(self, tracked: Tracked, runs: Sequence[Run], now: float) -> None:
         """These blocks are on their way to the hub; the rest is announced again in time."""
-        if not tracked.announced:
-            return
+        assert tracked.announced
         for run in runs:
             self._own.difference_update(run.hashes)
             if tracked.announced[: len(run)] == run.hashes:
@@ -127,7 +129,7 @@ class Saves:
         was put off to the last. `tables`: its blocks, if what it has computed stands in them."""
         left = tracked.completed > tracked.saved and any(tables) and self._on
         if left and not tracked.put_off and not self._common.recurrent:
-            tracked.put_off = self._pins.orphans > self._orphans_max()
+            tracked.put_off = self._pins.orphans > self._orphans_max
             if not tracked.put_off and self._known(tracked, tracked.completed):
                 until = self._common.clock() + self._common.settings.pin_ms / 1e3
                 tracked.outlive()
@@ -154,7 +156,8 @@ class Saves:
     def _of_ended(self, room: int) -> list[SaveJob]:
         """Jobs for what this step names of requests that are over: `room` blocks, as many as a step
         may where the time of the first is over, and all of what somebody waits for."""
-        jobs, now = list[SaveJob](), self._common.clock()
+        common, jobs = self._common, list[SaveJob]()
+        now = common.clock()
         if now >= self._ended[0].until:
             room = STEP_BLOCKS
         while self._ended:
@@ -167,13 +170,19 @@ class Saves:
                 break
             room = max(0, room - (stop - start))
             assert tracked.chain is not None
-            tracked.chain.extend(stop)
-            runs = self._completed(tracked, stop, False, one.tables)
-            self._ordered(tracked, runs, now)
-            jobs += self._jobs([new for run in runs for new in self._new(run, set())])
-            self._pins.orphan(tracked.name)
+            if len(tracked.chain.hashes) < stop:
+                tracked.chain.extend(stop)
+            run = common.run(tracked, range(start, stop), one.tables)
+            tracked.saved = stop
+            if tracked.announced:
+                self._ordered(tracked, [run], now)
             whole = stop == tracked.completed
-            self._pins.let_go(self._held(one, start, None if whole else stop))
+            held: Sequence[int]
+            if common.plain:
+                held = common.engine_blocks(run)
+            else:
+                held = self._held(one, start, None if whole else stop)
+            jobs += self._jobs(self._new(run, set()), held)
             if whole:
                 self._ended.popleft()
                 self._withdraw(tracked)
@@ -197,10 +206,13 @@ class Saves:
         """Jobs for what this step completes; their pages are pinned from here on."""
         if not self._common.saves:
             self._take_back(requests)
-        runs = self._runs(output, requests) if self._on else []
-        jobs = self._jobs(runs)
+        jobs = list[SaveJob]()
+        if output.num_scheduled_tokens and self._on:
+            runs = self._runs(output, requests)
+            if runs:
+                jobs = self._jobs(runs)
         if self._ended:
-            jobs += self._of_ended(max(0, STEP_BLOCKS - sum(map(len, runs))))
+            jobs += self._of_ended(max(0, STEP_BLOCKS - sum(len(job.blocks) for job in jobs)))
         return jobs
 
     @property
@@ -208,49 +220,58 @@ class Saves:
         common = self._common
         return common.saves and bool(common.sections) and common.hub.responsive
 
-    def _jobs(self, runs: Sequence[Run]) -> list[SaveJob]:
-        """They pin their pages from here on."""
-        jobs = []
-        for part in jobs_of(runs, JOB_BLOCKS_MAX):
+    def _jobs(self, runs: Sequence[Run], held: Sequence[int] | None = None) -> list[SaveJob]:
+        """They pin their pages from here on. `held`: the engine's blocks that were held for these
+        runs, of a request that is over; what no job pins is let go of."""
+        common, pins, jobs = self._common, self._pins, list[SaveJob]()
+        few = sum(len(run.hashes) for run in runs) <= JOB_BLOCKS_MAX
+        for part in ([runs] if runs else ()) if few else jobs_of(runs, JOB_BLOCKS_MAX):
             self._job += 1
             jobs.append(SaveJob(self._job, Blocks(part)))
-            self._pins.pin(self._job, [(run, self._common.engine_blocks(run)) for run in part])
+            ids = [(run, common.engine_blocks(run)) for run in part]
+            if len(runs) == 1 and few and ids[0][1] == held:
+                pins.take_over(self._job, *ids[0])
+                return jobs
+            pins.pin(self._job, ids, over=held is not None)
+        if held is not None:
+            pins.let_go(held)
         return jobs
 
     def _runs(self, output: Any, requests: dict[str, Tracked]) -> list[Run]:
         """Blocks that are complete after this step, and that no other push has."""
         found: list[Run] = []
-        now, room, block = self._common.clock(), STEP_BLOCKS, self._common.block
+        common, state = self._common, output.kv_connector_block_state
+        now, room, block, recurrent = common.clock(), STEP_BLOCKS, common.block, common.recurrent
+        crowded = self._pins.orphans > self._orphans_max
         taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
-            if tracked is None or not self._wanted(tracked):
+            if tracked is None or (recurrent and not tracked.hands_off):
                 continue
-            request = tracked.request
+            request, tail, own = tracked.request, False, scheduled // block
             computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
             full = tracked.completed = computed // block
-            if not tracked.hands_off:
-                own = scheduled // block
+            if tracked.hands_off:
+                tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
+            else:
                 full = min(full, tracked.saved + min(STEP_BLOCKS, room + own))
-                if full <= tracked.saved:
-                    continue
-            tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
-            if not (full > tracked.saved or tail) or not self._hashed(tracked, full):
+            chain = tracked.chain
+            if not (full > tracked.saved or tail) or chain is None:
                 continue
-            tracked.put_off = self._pins.orphans > self._orphans_max()
-            if tracked.put_off:
+            if len(chain.hashes) < full and not self._hashed(tracked, full):
                 continue
-            state = output.kv_connector_block_state
-            tables = state.get_block_ids(request_id) if state is not None else None
+            tracked.put_off = crowded
+            tables = state.get_block_ids(request_id) if state is not None and not crowded else None
             if tables is None:
                 continue
             if not tracked.hands_off:
                 room = max(0, room - max(0, full - tracked.saved - own))
             completed = self._completed(tracked, full, tail, tables)
-            if self._common.recurrent:
+            if recurrent:
                 stateful = computed == tracked.prompt_tokens
                 completed = self._without_states(completed, stateful)
-            self._ordered(tracked, completed, now)
+            if tracked.announced:
+                self._ordered(tracked, completed, now)
             for run in completed:
                 for new in self._new(run, taken):
                     taken.update(new.hashes)
@@ -259,11 +280,11 @@ class Saves:
 
     def _new(self, run: Run, taken: set[bytes]) -> list[Run]:
         """What of it is neither `taken` nor on its way already, and still whole."""
-        saving, savable = self._pins.saving, self._common.savable
-        free = taken.isdisjoint(run.hashes) and saving.isdisjoint(run.hashes)
-        if free and SKIP not in run.pages:
+        saving, savable, keys = self._pins.saving, self._common.savable, run.hashes
+        if saving.issuperset(keys) or taken.issuperset(keys):
+            return []
+        if saving.isdisjoint(keys) and taken.isdisjoint(keys) and SKIP not in run.pages:
             return [run]
-        keys = run.hashes
         return run.stretches(
             lambda at: not (keys[at] in taken or keys[at] in saving) and savable(run.pages_of(at))
         )
@@ -315,11 +336,6 @@ class Saves:
         """Whether the prompt's part of so long a chain is there."""
         chain = tracked.chain
         return chain is not None and len(chain.hashes) >= min(blocks, chain.prompt_blocks)
-
-    def _orphans_max(self) -> int:
-        pool = self._common.pool
-        total = int(pool.num_gpu_blocks) if pool is not None else 0
-        return max(total // ORPHAN_SHARE, min(ORPHANS_FLOOR, total // 2))
 
     def lost(self, keys: Sequence[bytes]) -> None:
         """A rank has given up pushing these blocks, which are whole with its part only: nobody is

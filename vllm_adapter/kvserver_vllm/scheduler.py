@@ -70,6 +70,7 @@ class SchedulerHalf:
 
     def bind_pool(self, pool: Any) -> None:
         self._common.pool = pool
+        self._common.null = pool.null_block.block_id
         self._saves.bind(pool)
 
     def open(self, sections: Sequence[Section], page_tokens: int, *, tails: bool) -> None:
@@ -80,6 +81,8 @@ class SchedulerHalf:
         self._common.state_groups = frozenset(
             group for section in sections if section.recurrent for group in section.groups
         )
+        one_page = self._common.group_tokens == (page_tokens,)
+        self._common.plain = one_page and not self._common.state_groups
         self._common.sections = tuple(sections)
 
     def forget(self) -> None:
@@ -166,27 +169,32 @@ class SchedulerHalf:
 
     def build_meta(self, output: Any) -> StepMeta:
         """vLLM's build_connector_meta; reads `output` only."""
-        self._common.pace.step_begins(self._common.clock(), self._prompt_tokens(output))
-        fetches, drops = self._fetches.take_orders()
-        meta = StepMeta(
-            fetches=fetches, drops=drops, saves=self._saves.orders(output, self._requests)
-        )
-        self._loads.take_orders(meta)
-        if meta.saves or meta.loads or meta.fetches or self._told != self._common.sections:
-            self._told = meta.sections = self._common.sections
-        self._common.send()
+        common, fetches, loads = self._common, self._fetches, self._loads
+        tokens = self._prompt_tokens(output) if output.num_scheduled_tokens else 0
+        common.pace.step_begins(common.clock(), tokens)
+        meta = StepMeta(saves=self._saves.orders(output, self._requests))
+        if fetches.outgoing or fetches.drops:
+            fetches.take_orders(meta)
+        if loads.outgoing or loads.aborts or loads.voids:
+            loads.take_orders(meta)
+        if meta.saves or meta.loads or meta.fetches or self._told is not common.sections:
+            self._told = meta.sections = common.sections
+        if common.words:
+            common.send()
         return meta
 
     def _prompt_tokens(self, output: Any) -> int:
         """Tokens of prompts that this step computes."""
-        tokens, log = 0, self._common.log
+        tokens, log, requests = 0, self._common.log, self._requests
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = self._requests.get(request_id)
+            tracked = requests.get(request_id)
             if tracked is not None:
-                left = tracked.request.num_prompt_tokens - tracked.request.num_computed_tokens
-                tokens += max(0, min(scheduled, left))
-                if left > 0 and log.on:
-                    log.write("scheduled", request=request_id, tokens=scheduled, left=left)
+                request = tracked.request
+                left = request.num_prompt_tokens - request.num_computed_tokens
+                if left > 0:
+                    tokens += min(scheduled, left)
+                    if log.on:
+                        log.write("scheduled", request=request_id, tokens=scheduled, left=left)
         return tokens
 
     def ranks_reported(self, report: RankReport | None, received: set[str]) -> None:
@@ -208,7 +216,7 @@ class SchedulerHalf:
     def has_pending_work(self) -> bool:
         """Whether ranks still owe reports, or are owed orders, or the hub a word: the engine keeps
         stepping meanwhile."""
-        owed = self._loads.aborting or self._fetches.dropping or self._common.words
+        owed = self._loads.aborts or self._fetches.drops or self._common.words
         return bool(self._saves.jobs or owed)
 
 

@@ -209,6 +209,25 @@ def test_what_a_call_does_does_not_grow_with_the_blocks_that_it_names(
         assert many[name] == few[name], name
 
 
+@pytest.mark.parametrize(
+    ("steps", "named", "later", "idle"), [(STEPS, 100, 85, 25), (0, 100, 65, 20)]
+)
+def test_a_step_calls_little(steps: int, named: int, later: int, idle: int) -> None:
+    """After a forward pass the processor's caches are empty, and each function that a step enters
+    takes about 4 us, whatever it does: what counts is how few these are. A step names 24 blocks as
+    it computes them, the next two name what is left, of a request that goes on or is over; and
+    nothing in those after that."""
+    counts: list[list[int]] = []
+    for _ in range(3):
+        counted = Counted(World(blocks=4000))
+        life(counted, 1, None, tokens=128 * 64, chunk=128 * 64, steps=steps)
+        counts.append([int(count) for count in counted.taken["build_meta"]])
+    least = [min(of) for of in zip(*counts, strict=True)]
+    assert least[1] <= named
+    assert max(least[2:4]) <= later
+    assert max(least[4:]) <= idle
+
+
 def test_hashing_a_prompt_makes_no_work_for_the_collector() -> None:
     """It ran on the hub's thread for 4 ms, through the token ids of all prompts that had just come,
     and a call of the engine's waited: each block had an empty list of extra keys."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,51 @@ def test_what_has_been_named_and_pushed_comes_back_while_the_rest_waits() -> Non
     (job,) = world.step().saves
     world.report(saved={1: 1, job.job: 1})
     assert taken(world) == 4 * 5
+
+
+def test_what_is_held_of_a_request_that_is_over_is_touched_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its jobs take it over: each block was touched twice, and freed in the step that named it."""
+    world = World(blocks=400)
+    request = long_prompt(world)
+    world.report(saved={1: 1})
+    touched: list[int] = []
+    touch = world.pool.touch
+
+    def note(blocks: Sequence[Any]) -> None:
+        touched.extend(block.block_id for block in blocks)
+        touch(blocks)
+
+    monkeypatch.setattr(world.pool, "touch", note)
+    table = end(world, request)
+    left = table[4 * STEP_BLOCKS :]
+    assert touched == left
+    jobs = [job for _ in range(2) for job in world.step().saves]
+    assert touched == left
+    assert taken(world) == len(left)
+    world.report(saved={job.job: 1 for job in jobs})
+    assert taken(world) == 0
+
+
+def test_what_a_request_leaves_and_another_pushes_is_let_go_of() -> None:
+    """The job that has it pins it; what is left of the second request pins nothing more."""
+    world = World(blocks=4000)
+    first, second = long_prompt(world), FakeRequest("b", (2 * STEP_BLOCKS + 5) * BLOCK)
+    world.report(saved={1: 1})
+    world.new(second, usable=STEP_BLOCKS)
+    world.match(second)
+    world.alloc(second)
+    second.num_computed_tokens = second.num_prompt_tokens
+    jobs = list(world.step(b=0).saves)
+    end(world, first)
+    end(world, second)
+    jobs += [job for _ in range(5) for job in world.step().saves]
+    named = [block.hash for job in jobs for block in job.blocks]
+    assert sorted(named) == sorted(first.hashes()[STEP_BLOCKS:])
+    world.report(saved={job.job: 1 for job in jobs})
+    assert taken(world) == 0
+    assert not world.half.has_pending_work
 
 
 @pytest.mark.parametrize("engine_block", [256, 96])
