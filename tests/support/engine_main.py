@@ -280,7 +280,7 @@ class Driver:
             original = self._originals.setdefault(name, getattr(owner, name))
             setattr(owner, name, late(original))
         if command["unpinned"]:
-            self._scheduler.connector._scheduler._saves.bind(None)
+            self._scheduler.connector._scheduler._saves._pins.bind(None)
         return {"done": True}
 
     def _computed(self, name: str) -> int:

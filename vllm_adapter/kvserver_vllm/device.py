@@ -228,6 +228,8 @@ class _Lane:
 
         with self._lock, torch.inference_mode(), ExitStack() as stack:
             if self._stream is not None:
+                # Left so: a thread that goes back to GPU 0 makes a context there.
+                torch.cuda.set_device(self._device)
                 stack.enter_context(torch.cuda.stream(self._stream))
                 stack.callback(self._stream.synchronize)
             if not self._rooms or self._rooms[0].size < room_bytes:

@@ -57,9 +57,9 @@ METRICS: dict[str, Metric] = {
     "saves_dropped": Metric(
         Counter,
         "Pushes that were given up. queue: jobs_max; late: pin_ms; hub: it failed or refused;"
-        " pins: ended requests pin their share of the blocks.",
+        " copy: pages could not be copied; pins: ended requests pin their share of the blocks.",
         "reason",
-        ("queue", "late", "hub", "pins"),
+        ("queue", "late", "hub", "copy", "pins"),
     ),
     "pull_seconds": Metric(Histogram, "Time of a rank's load of one request."),
     "push_seconds": Metric(Histogram, "Time of a rank's push, from its step to its last commit."),

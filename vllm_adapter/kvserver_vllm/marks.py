@@ -55,6 +55,9 @@ class Marks:
         self._set.put(None)
 
     def _run(self) -> None:
+        import torch
+
+        torch.cuda.set_device(self._device)  # an event waited for on GPU 0 makes a context there
         while (mark := self._set.get()) is not None:
             event, done = mark
             try:

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from kvserver_vllm.direct import Direct
 from kvserver_vllm.layout import Pages
 from kvserver_vllm.messages import BlockPages, SaveJob, StepMeta
 from kvserver_vllm.rank import Rank
+
+logger = logging.getLogger("vllm.kvserver")
 
 
 class Track:
@@ -214,6 +217,10 @@ class Pushes:
         except (KVError, TimeoutError) as error:
             self._lose("saves_dropped.hub", job, str(error))
             link.doubt(error)
+            await direct.quiet(blocks)
+        except Exception as error:  # of the device that the pages are on, say
+            logger.exception("kvserver: a push failed; the hub does not get its blocks")
+            self._lose("saves_dropped.copy", job, str(error))
             await direct.quiet(blocks)
         copied(at)
 

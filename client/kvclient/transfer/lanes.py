@@ -7,9 +7,9 @@ its wire carries bytes all the time:
     queued --frames sent--> owed --answers taken--> over        (a connection breaks: queued again)
 
 Rules:
- 1. Answers are taken in the order in which frames were sent. No more are owed than the share of the
-    next frame allows, and no cells are sent while cells are owed: both sides would wait for the
-    other to take.
+ 1. Answers are taken in the order in which frames were sent, and as they come. No more are owed
+    than the share of the next frame allows, and no cells are sent while cells are owed: both sides
+    would wait for the other to take.
  2. Memory of a share that was stopped is not touched again: at once if it waits, else from when its
     connection has been shut down, which costs the other shares on it a repetition.
  3. What a broken connection left open, or the way there damaged, is tried once more over a new one.
@@ -92,6 +92,7 @@ class Lane:
         self._queue: deque[Share] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._shut = False  # the wire, for a share that was stopped
         self._tag = 0
         self._current: Share | None = None
         self._owed: deque[tuple[Share, int, int]] = deque()  # share, frame, tag
@@ -101,15 +102,19 @@ class Lane:
     # ---- from any thread -------------------------------------------------------------------
 
     def add(self, share: Share) -> None:
-        """Unavailable once closed."""
+        """Unavailable once closed, and where no thread can be had."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the client is closed")
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="kvclient-tcp", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise Unavailable(f"no thread for a connection: {error}") from error
+                self._thread = thread
             self._queue.append(share)
             self.backlog += share.size
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvclient-tcp", daemon=True)
-                self._thread.start()
             self._lock.notify()
 
     def stop(self, share: Share) -> None:
@@ -117,6 +122,7 @@ class Lane:
         with self._lock:
             share.stopped = True
             if share.touching and self._wire is not None:
+                self._shut = True
                 self._wire.shutdown()
 
     def close(self) -> None:
@@ -162,10 +168,12 @@ class Lane:
         """Rule 1."""
         if not self._owed:
             return True
-        reads = self._owed[-1][0].courier.op is Op.READ
-        return len(self._owed) < share.courier.owed_max and not (
-            reads and share.courier.op is Op.WRITE
-        )
+        if len(self._owed) >= share.courier.owed_max:
+            return False
+        if self._owed[-1][0].courier.op is Op.READ and share.courier.op is Op.WRITE:
+            return False
+        assert self._wire is not None
+        return self._owed[0][0].courier.op is Op.READ or not self._wire.readable
 
     def _send(self, share: Share) -> None:
         if not share.touching and not self._begin(share):
@@ -207,13 +215,13 @@ class Lane:
 
     def _broken(self) -> None:
         """The connection is of no use any more; what it left open goes to the head of the queue."""
-        self._hang_up()
+        told = self._hang_up()
         shares = list(dict.fromkeys(share for share, _, _ in self._owed))
         if self._current is not None and self._current not in shares:
             shares.append(self._current)
         self._owed.clear()
         self._current = None
-        told = any(share.stopped for share in shares)
+        told = told or any(share.stopped for share in shares)
         for share in reversed(shares):
             share.owed = 0
             share.tries -= told and not share.stopped
@@ -240,8 +248,11 @@ class Lane:
             share.stopped = True
             share.over.set_exception(error)
 
-    def _hang_up(self) -> None:
+    def _hang_up(self) -> bool:
+        """Whether the wire had been shut down for a share that was stopped."""
         with self._lock:
             wire, self._wire = self._wire, None
+            told, self._shut = self._shut, False
         if wire is not None:
             wire.close()
+        return told

@@ -143,7 +143,7 @@ class TcpTransfer:
             share = Share(courier, cut, part)
             try:
                 lane.add(share)
-            except Unavailable:
+            except BaseException:
                 await self._stop(dealt)
                 raise
             dealt.append((lane, share))

@@ -6,6 +6,7 @@ Rule 2: `Wire.shutdown` ends whoever is in a call of it, from any thread.
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -33,6 +34,8 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._tls = isinstance(connection, ssl.SSLSocket)
+        self._arrivals = select.poll()
+        self._arrivals.register(connection, select.POLLIN)
         self.scratch: list[Bytes] = []
         """Memory for cells with gaps between them, its user's own."""
 
@@ -69,6 +72,13 @@ class Wire:
     def fill_grid(self, grid: Bytes, sums: Checksums) -> None:
         """Receive all of `grid`; its cells' checksums come into `sums`."""
         wires.receive(self._socket.fileno(), grid, sums)
+
+    @property
+    def readable(self) -> bool:
+        """Whether something can be taken now."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return True
+        return bool(self._arrivals.poll(0))
 
     def take(self, length: int) -> bytes:
         raw = bytearray(length)

@@ -166,6 +166,23 @@ def test_a_failed_push_lets_its_pages_go_and_is_no_error(link: FakeLink, rank: R
     assert link.doubts == [link.opened.error]
 
 
+def test_pages_that_cannot_be_copied_are_given_up(
+    link: FakeLink, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the device that they are on has failed."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(rank.pages, "gather", fail)
+    rank.bind(saves=[SaveJob(1, (block(1, 4),))])
+    rank.half.step_saved()
+    link.turn()
+    assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
+    assert rank.half.counters["saves_dropped.copy"] == 1
+    assert link.opened.aborted == 1
+
+
 def test_blocks_that_the_hub_has_are_not_written(link: FakeLink, rank: Rank) -> None:
     link.opened.refused = {key(1)}
     rank.bind(saves=[SaveJob(1, (block(1, 4), block(2, 8)))])

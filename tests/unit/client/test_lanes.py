@@ -25,19 +25,26 @@ class Frame:
 class FakeWire:
     """A connection whose peer answers once `answers` is set; `break_at` operations it breaks."""
 
-    def __init__(self, break_at: int = -1) -> None:
+    def __init__(self, break_at: int = -1, late: int = 0) -> None:
         self.answers = threading.Event()
         self.answers.set()
         self.left = break_at
+        self.late = late  # answers that had arrived when it was shut down
         self.down = threading.Event()
         self.closed = False
         self.owed: list[tuple[Op, int]] = []
 
     def pass_(self) -> None:
         assert not self.closed
-        if self.down.is_set() or self.left == 0:
+        if self.down.is_set() and self.late > 0 and self.owed:
+            self.late -= 1
+        elif self.down.is_set() or self.left == 0:
             raise ConnectionResetError("broken")
         self.left -= 1
+
+    @property
+    def readable(self) -> bool:
+        return self.answers.is_set() and bool(self.owed)
 
     def shutdown(self) -> None:
         self.down.set()
@@ -65,9 +72,8 @@ class Job:
         self.log.append(("send", frame))
 
     def take(self, wire: Any, frame: int, tag: int) -> None:
-        while not wire.answers.wait(0.002):
-            wire.pass_()
-            wire.left += 1
+        while not wire.answers.wait(0.002) and not wire.down.is_set():
+            pass
         wire.pass_()
         assert wire.owed.pop(0) == (self.op, tag), "answers come in order"
         self.log.append(("take", frame))
@@ -133,6 +139,41 @@ def test_the_next_share_is_sent_before_the_last_ones_answers_are_in() -> None:
     lane.close()
 
 
+def test_answers_are_taken_as_they_come() -> None:
+    """Whatever waits: a share is over when it was answered."""
+    jobs = [Job() for _ in range(20)]
+    log: list[tuple[str, int]] = []
+    for job in jobs:
+        job.log = log
+    shares = [job.share() for job in jobs]
+    lane = lane_of(FakeWire(), shares=shares)
+    shares[-1].over.result(10)
+    assert all(share.over.done() for share in shares)
+    assert max(job.most_owed for job in jobs) == 1
+    lane.close()
+
+
+def test_a_lane_without_a_thread_says_so_and_takes_the_next_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wire = FakeWire()
+    lane = Lane(Dialler(wire))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(Unavailable, match="thread"):
+            lane.add(Job().share())
+    assert lane.backlog == 0
+    job = Job()
+    lane.add(share := job.share())
+    share.over.result(10)
+    assert job.statuses == OK
+    lane.close()
+
+
 def test_no_cells_are_sent_while_cells_are_owed_and_no_more_than_a_share_allows() -> None:
     wire = FakeWire()
     wire.answers.clear()
@@ -162,6 +203,8 @@ def test_a_broken_connection_costs_one_repetition_of_what_was_not_answered(broke
 
 def test_what_breaks_twice_or_finds_nobody_ends_without_an_answer() -> None:
     for wires in ([FakeWire(2), FakeWire(1)], [FakeWire(0)], []):
+        for wire in wires:
+            wire.answers.clear()
         lane, job = Lane(Dialler(*wires)), Job()
         lane.add(share := job.share())
         share.over.result(10)
@@ -218,6 +261,21 @@ def test_others_survive_any_number_of_stopped_shares_on_their_connection() -> No
     share.over.result(10)
     assert job.statuses == OK
     assert all(victim.statuses == [None] * 3 for victim in victims)
+    lane.close()
+
+
+def test_a_share_that_was_stopped_and_answered_all_the_same_costs_others_no_try() -> None:
+    """A socket that is shut down still gives what had arrived."""
+    shut, broken = FakeWire(late=3), FakeWire(2)
+    shut.answers.clear()
+    broken.answers.clear()
+    victim, job = Job(), Job()
+    stopped, share = victim.share(), job.share()
+    lane = lane_of(shut, broken, FakeWire(), shares=[stopped, share])
+    until(lambda: len(shut.owed) == 6)
+    lane.stop(stopped)
+    share.over.result(10)
+    assert (victim.statuses, job.statuses) == (OK, OK)
     lane.close()
 
 
