@@ -7,9 +7,10 @@ its wire carries bytes all the time:
     queued --frames sent--> owed --answers taken--> over        (a connection breaks: queued again)
 
 Rules:
- 1. Answers are taken in the order in which frames were sent, and as they come. No more are owed
-    than the share of the next frame allows, and no cells are sent while cells are owed: both sides
-    would wait for the other to take.
+ 1. Answers are taken in the order in which frames were sent: those of a share that was sent whole
+    as they come, once TAKE_FROM are owed, and then one behind the other, for each costs a cold
+    turn between two frames. No more are owed than the share of the next frame allows, and no cells
+    are sent while cells are owed: both sides would wait for the other to take.
  2. Memory of a share that was stopped is not touched again: at once if it waits, else from when its
     connection has been shut down, which costs the other shares on it a repetition.
  3. What a broken connection left open, or the way there damaged, is tried once more over a new one.
@@ -30,6 +31,7 @@ from kvclient.transfer.wire import BROKEN, Wire
 from kvproto.frames import Op, Status
 
 DIAL_S = 5.0
+TAKE_FROM = 24
 Dial = Callable[[float], Wire]
 
 
@@ -93,6 +95,7 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._shut = False  # the wire, for a share that was stopped
+        self._taking = False
         self._tag = 0
         self._current: Share | None = None
         self._owed: deque[tuple[Share, int, int]] = deque()  # share, frame, tag
@@ -167,13 +170,19 @@ class Lane:
     def _may_send(self, share: Share) -> bool:
         """Rule 1."""
         if not self._owed:
+            self._taking = False
             return True
         if len(self._owed) >= share.courier.owed_max:
             return False
         if self._owed[-1][0].courier.op is Op.READ and share.courier.op is Op.WRITE:
             return False
-        assert self._wire is not None
-        return self._owed[0][0].courier.op is Op.READ or not self._wire.readable
+        oldest = self._owed[0][0]
+        if oldest is share or oldest.courier.op is Op.READ:
+            self._taking = False
+        elif self._taking or len(self._owed) >= TAKE_FROM:
+            assert self._wire is not None
+            self._taking = self._wire.readable
+        return not self._taking
 
     def _send(self, share: Share) -> None:
         if not share.touching and not self._begin(share):

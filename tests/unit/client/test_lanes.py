@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvclient.errors import Unavailable
-from kvclient.transfer.lanes import Lane, Share
+from kvclient.transfer.lanes import TAKE_FROM, Lane, Share
 from kvproto.frames import Op, Status
 
 
@@ -149,7 +149,9 @@ def test_answers_are_taken_as_they_come() -> None:
     lane = lane_of(FakeWire(), shares=shares)
     shares[-1].over.result(10)
     assert all(share.over.done() for share in shares)
-    assert max(job.most_owed for job in jobs) == 1
+    assert max(job.most_owed for job in jobs) == TAKE_FROM
+    begun = log.index(("take", 0))
+    assert log[begun : begun + 24 : 3] == [("take", 0)] * 8, "one behind the other"
     lane.close()
 
 
