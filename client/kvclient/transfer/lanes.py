@@ -31,7 +31,7 @@ from kvclient.transfer.wire import BROKEN, Wire
 from kvproto.frames import Op, Status
 
 DIAL_S = 5.0
-TAKE_FROM = 24
+TAKE_FROM = 64
 Dial = Callable[[float], Wire]
 
 

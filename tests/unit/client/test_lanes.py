@@ -141,7 +141,7 @@ def test_the_next_share_is_sent_before_the_last_ones_answers_are_in() -> None:
 
 def test_answers_are_taken_as_they_come() -> None:
     """Whatever waits: a share is over when it was answered."""
-    jobs = [Job() for _ in range(20)]
+    jobs = [Job() for _ in range(40)]
     log: list[tuple[str, int]] = []
     for job in jobs:
         job.log = log
