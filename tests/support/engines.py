@@ -9,10 +9,13 @@ The child (`engine_main.py`) runs one `vllm.LLM`; it speaks on its standard outp
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -96,6 +99,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
 
 
+@functools.cache
+def _log_directory() -> str:
+    """For the logs of this process's engines, until it ends."""
+    made = tempfile.mkdtemp(prefix="kvserver-engines-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
 def _binding(ranks: int) -> str:
     """Cores of the ranks, one of the machine's left out: idle ranks spin, and where the kernel
     does not preempt them, a hub without a core of its own stands still for seconds."""
@@ -138,7 +149,7 @@ class Engine:
         default one a core, and one in each of several ranks, which are bound to a core each:
         engines that are to run side by side get in each other's way with more."""
         if log_path is None:
-            handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
+            handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log", dir=_log_directory())
             os.close(handle)
             log_path = Path(name)
         ranks = tensor_parallel * pipeline_parallel

@@ -130,9 +130,10 @@ def test_engines_that_start_together_digest_once_and_lose_no_entry(
     other.mkdir()
     (other / "model.safetensors").write_bytes(os.urandom(4000))
     code = (
-        "import sys; from pathlib import Path; from kvserver_vllm import fingerprint as m; "
-        "real = m._digest_file; "
-        "m._digest_file = lambda p: (print(p.name), __import__('time').sleep(0.2), real(p))[2]; "
+        "import os, sys, time; from pathlib import Path; "
+        "from kvserver_vllm import fingerprint as m; real = m._digest_file; "
+        "say = lambda p: os.write(1, f'{p.name}\\n'.encode()); "  # whole lines: threads call it
+        "m._digest_file = lambda p: (say(p), time.sleep(0.2), real(p))[2]; "
         "m.fingerprint(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     engines = [
