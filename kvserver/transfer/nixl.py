@@ -25,7 +25,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -79,11 +79,13 @@ class Mover(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Equal numbers of local and remote descriptors (address, bytes, device), of these items."""
+    """Equal numbers of local and remote descriptors (address, bytes, device), of these items;
+    `nbytes` in all."""
 
     local: Descriptors
     remote: Descriptors
     items: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(eq=False, slots=True)
@@ -105,10 +107,13 @@ class Job:
     _next: int = 0
     _running: int = 0
     _over: bool = False
-    _left: Counter[int] = field(init=False)  # posts of an item that are not DONE
+    _left: list[int] = field(init=False)  # posts of an item that are not DONE
 
     def __post_init__(self) -> None:
-        self._left = Counter(item for post in self.posts for item in post.items)
+        self._left = [0] * len(self.outcomes)
+        for post in self.posts:
+            for item in post.items:
+                self._left[item] += 1
 
     def stop(self) -> None:
         self.stopped = True
@@ -153,8 +158,9 @@ def cut(
         ours, theirs = np.zeros((count, 3), np.uint64), np.zeros((count, 3), np.uint64)
         ours[:, 0], ours[:, 1] = local[part], lengths[part]
         theirs[:, 0], theirs[:, 1], theirs[:, 2] = remote[part], lengths[part], device
-        posts.append(Post(ours, theirs, tuple(dict.fromkeys(items[part].tolist()))))
-        at, before = stop, int(ends[stop - 1])
+        whose, end = tuple(dict.fromkeys(items[part].tolist())), int(ends[stop - 1])
+        posts.append(Post(ours, theirs, whose, end - before))
+        at, before = stop, end
     return posts
 
 
@@ -432,10 +438,10 @@ class NixlAgent:
 
     def _count(self, job: Job, post: Post, state: State) -> None:
         if state is State.DONE:
-            moved = int(post.local[:, 1].sum())
-            self.bytes_read += moved if job.read else 0
-            self.bytes_written += 0 if job.read else moved
-            job._left.subtract(post.items)
+            self.bytes_read += post.nbytes if job.read else 0
+            self.bytes_written += 0 if job.read else post.nbytes
+            for item in post.items:
+                job._left[item] -= 1
             if whole := [item for item in post.items if not job._left[item]]:
                 job.arrived(whole)
             return
@@ -458,8 +464,8 @@ class NixlAgent:
         for post in job.posts[job._next :]:
             for item in post.items:
                 job.outcomes[item] = job.outcomes[item] or Ended.FAILED
-        for item in range(len(job.outcomes)):
-            if job.outcomes[item] == Ended.OK and not job.current(item):
+        for item in np.flatnonzero(job.outcomes == Ended.OK).tolist():
+            if not job.current(item):
                 job.outcomes[item] = Ended.STALE
         job.ended(job)
 
