@@ -17,7 +17,7 @@ from kvproto.frames import Op, Place
 from kvproto.grid import Region
 from kvproto.nixlib import Memory
 from kvserver.runtime.extents import Extents
-from kvserver.transfer.nixl import Post, cut
+from kvserver.transfer.posts import Post, cut
 
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.uint64]

@@ -37,10 +37,9 @@ import numpy.typing as npt
 
 from kvproto.nixlib import Agent, Descriptors, Memory, NixlError, State
 from kvserver.transfer.base import TransferError
+from kvserver.transfer.posts import Post
 from kvserver.transfer.priority import step_back
 
-POST_BYTES = 8 << 20
-POST_DESCRIPTORS_MAX = 4096
 POSTS_PER_CLIENT = 2  # in flight at once: a stopped client holds up nobody else
 JOBS_PER_CLIENT_MAX = 64
 _POLL_S = 50e-6
@@ -77,17 +76,6 @@ class Mover(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
-    """Equal numbers of local and remote descriptors (address, bytes, device), of these items;
-    `nbytes` in all."""
-
-    local: Descriptors
-    remote: Descriptors
-    items: tuple[int, ...]
-    nbytes: int
-
-
 @dataclass(eq=False, slots=True)
 class Job:
     """`ended(job)` is called on the agent's thread when nothing of the job runs any more, and
@@ -110,10 +98,8 @@ class Job:
     _left: list[int] = field(init=False)  # posts of an item that are not DONE
 
     def __post_init__(self) -> None:
-        self._left = [0] * len(self.outcomes)
-        for post in self.posts:
-            for item in post.items:
-                self._left[item] += 1
+        whose = [item for post in self.posts for item in post.items]
+        self._left = np.bincount(np.array(whose, np.intp), minlength=len(self.outcomes)).tolist()
 
     def stop(self) -> None:
         self.stopped = True
@@ -132,36 +118,6 @@ class _Peer:
     name: str
     jobs: deque[Job] = field(default_factory=deque)
     running: list[_Running] = field(default_factory=list)
-
-
-def cut(
-    local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64],
-    items: npt.NDArray[np.int64], *, device: int, post_bytes: int = POST_BYTES,
-) -> list[Post]:  # fmt: skip
-    """Posts for pieces [n] of memory: `local[i]` and `remote[i]` are addresses, `items[i]` says
-    whose piece it is. Longer pieces are cut."""
-    parts = ((lengths + np.uint64(post_bytes - 1)) // np.uint64(post_bytes)).astype(np.int64)
-    if int(parts.max(initial=1)) > 1:
-        which = np.repeat(np.arange(len(parts)), parts)
-        nth = (np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)).astype(np.uint64)
-        start = nth * np.uint64(post_bytes)
-        lengths = np.minimum(lengths[which] - start, np.uint64(post_bytes))
-        local, remote, items = local[which] + start, remote[which] + start, items[which]
-    posts: list[Post] = []
-    ends = np.cumsum(lengths)
-    at, before = 0, 0
-    while at < len(lengths):
-        stop = int(np.searchsorted(ends, np.uint64(before + post_bytes), side="right"))
-        stop = min(max(stop, at + 1), at + POST_DESCRIPTORS_MAX)
-        part = slice(at, stop)
-        count = stop - at
-        ours, theirs = np.zeros((count, 3), np.uint64), np.zeros((count, 3), np.uint64)
-        ours[:, 0], ours[:, 1] = local[part], lengths[part]
-        theirs[:, 0], theirs[:, 1], theirs[:, 2] = remote[part], lengths[part], device
-        whose, end = tuple(dict.fromkeys(items[part].tolist())), int(ends[stop - 1])
-        posts.append(Post(ours, theirs, whose, end - before))
-        at, before = stop, end
-    return posts
 
 
 class NixlAgent:

@@ -17,7 +17,8 @@ import pytest
 
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
 from kvserver.transfer.base import TransferError
-from kvserver.transfer.nixl import POSTS_PER_CLIENT, Ended, Job, NixlAgent, cut
+from kvserver.transfer.nixl import POSTS_PER_CLIENT, Ended, Job, NixlAgent
+from kvserver.transfer.posts import cut
 
 AREA_BYTES = 1 << 16
 PIECE = 1024
@@ -379,7 +380,7 @@ def test_cut_covers_every_byte_once(lengths: list[int]) -> None:
     posts = cut(starts, remote, sizes, np.arange(len(lengths)), device=3, post_bytes=64)
     covered = []
     for post in posts:
-        assert post.local[:, 1].sum() <= 64
+        assert post.nbytes == post.local[:, 1].sum() <= 64
         assert (post.remote[:, 0] - post.local[:, 0] == 1 << 40).all()
         assert (post.remote[:, 2] == 3).all()
         for start, size, _ in post.local.tolist():
