@@ -272,7 +272,7 @@ def test_the_proxy_knows_all_engines_and_is_started_only_when_asked_for(
 # ---- the server's image, built step by step ------------------------------------------------------
 
 
-def _build(stage: Stage, root: Path) -> dict[str, str]:
+def _build(stage: Stage, root: Path, arguments: dict[str, str]) -> dict[str, str]:
     """Carry out a stage under `root` instead of /. Gives the paths that moved."""
     moved = {place: str(root) + place for place in ("/opt/kvserver", "/src", "/owned")}
     work = Path(moved[stage.last("WORKDIR")])
@@ -295,6 +295,9 @@ def _build(stage: Stage, root: Path) -> dict[str, str]:
                     shutil.copy(ROOT / source, target)
         elif word == "ENV":
             environment |= _assignments(_move(text, moved))
+        elif word == "ARG":
+            name, _, default = text.partition("=")
+            environment[name] = arguments.get(name, default)
         elif word == "RUN":
             subprocess.run(
                 ["sh", "-ec", _move(text, moved)],
@@ -317,13 +320,28 @@ def _pip_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
 
 
+def _asked_for() -> dict[str, str]:
+    """The build arguments that the Dockerfile's head shows."""
+    head = (DOCKER / "Dockerfile.server").read_text().partition("FROM")[0]
+    return dict(re.findall(r"--build-arg (\w+)=(\S+)", head))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_servers_image_builds_serves_and_is_healthy(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("arguments", "modules"),
+    [({}, ""), (_asked_for(), "import cupy, nixl_cu12._bindings")],
+    ids=["as it is", "with RDMA and a GPU"],
+)
+def test_the_servers_image_builds_serves_and_is_healthy(
+    tmp_path: Path, arguments: dict[str, str], modules: str
+) -> None:
     build, final = _stages("Dockerfile.server")
     root = tmp_path / "image"
     root.mkdir()
-    moved = _build(build, root)
+    moved = _build(build, root, arguments)
+    python = root / "opt/kvserver/bin/python"
+    subprocess.run([python, "-c", modules], check=True, timeout=100)
     host_dir = tmp_path / "host"
     host_dir.mkdir()
     listen = f"127.0.0.1:{free_port()}"
@@ -335,6 +353,7 @@ def test_the_servers_image_builds_serves_and_is_healthy(tmp_path: Path) -> None:
         "KVSERVER_TCP_LISTEN": "127.0.0.1:0",
         "KVSERVER_HOST_DIR": str(host_dir),
         "KVSERVER_HOST_BYTES": "32MiB",
+        "KVSERVER_NIXL_ENABLED": str("NIXL" in arguments).lower(),
     }
     command = [*json.loads(final.last("ENTRYPOINT")), *json.loads(final.last("CMD"))]
     program = shutil.which(command[0], path=environment["PATH"])
