@@ -1,6 +1,6 @@
 """Another process that uses the hub, which a test may stop, continue and kill.
 
-    python -m tests.contract.peer ADDRESS ROLE COUNT TRANSPORT
+    python -m tests.contract.peer ADDRESS ROLE COUNT TRANSPORT TTL_S
 
 Roles say a word on stdout when they stand at the place that the test waits for, and go on when a
 line comes in on stdin:
@@ -32,9 +32,12 @@ SCRIBBLE = 0xEE
 class Peer:
     """The process, as the test holds it."""
 
-    def __init__(self, address: str, role: str, count: int, transport: str = "auto") -> None:
+    def __init__(
+        self, address: str, role: str, count: int, transport: str = "auto", ttl_s: float = TTL_S
+    ) -> None:
+        words = [address, role, str(count), transport, str(ttl_s)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.contract.peer", address, role, str(count), transport],
+            [sys.executable, "-m", "tests.contract.peer", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,9 +80,9 @@ def _say(word: str) -> None:
     print(word, flush=True)
 
 
-def _write(client: Client, count: int) -> None:
+def _write(client: Client, count: int, ttl_s: float) -> None:
     namespace = client.open_namespace(BLOCKS.spec)
-    reservation = namespace.reserve(BLOCKS.chain(SEED, count), ttl_s=TTL_S)
+    reservation = namespace.reserve(BLOCKS.chain(SEED, count), ttl_s=ttl_s)
     views = [reservation.cells(i) for i in reservation.writable]
     _say(f"reserved {len(views)}")
     sys.stdin.readline()
@@ -96,10 +99,10 @@ def _write(client: Client, count: int) -> None:
     client.close()
 
 
-def _read(client: Client, count: int) -> None:
+def _read(client: Client, count: int, ttl_s: float) -> None:
     namespace = client.open_namespace(BLOCKS.spec)
     keys = BLOCKS.chain(SEED, count)
-    with namespace.acquire(keys, lease_s=TTL_S) as stream:
+    with namespace.acquire(keys, lease_s=ttl_s) as stream:
         held = list(stream)
         views = [granted.cells for granted in held]
         _say(f"granted {len(held)}")
@@ -112,7 +115,7 @@ def _read(client: Client, count: int) -> None:
     _say(" ".join(words))
 
 
-def _push(client: Client, count: int) -> None:
+def _push(client: Client, count: int, ttl_s: float) -> None:
     namespace = client.open_namespace(BLOCKS.spec)
     keys = BLOCKS.chain(SEED, count)
     payloads = BLOCKS.payloads(keys)
@@ -123,10 +126,10 @@ def _push(client: Client, count: int) -> None:
         _say(type(error).__name__)
 
 
-def main(address: str, role: str, count: str, transport: str) -> None:
-    deadline = time.monotonic() + 30
+def main(address: str, role: str, count: str, transport: str, ttl_s: str) -> None:
+    deadline = time.monotonic() + 60
     with Client.connect(address, name=f"peer-{role}", transport=transport) as client:
-        {"write": _write, "read": _read, "push": _push}[role](client, int(count))
+        {"write": _write, "read": _read, "push": _push}[role](client, int(count), float(ttl_s))
     assert time.monotonic() < deadline, "the test forgot this process"
 
 

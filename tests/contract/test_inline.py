@@ -129,8 +129,10 @@ def test_a_session_that_ended_is_replaced_within_the_call(serve: Serve) -> None:
         push_and_pull(namespace, 1)
         token = client.token
         assert client._runner is not None
-        client._runner.loop.call_soon_threadsafe(time.sleep, 1.2)
-        time.sleep(0.8)
+        goes_on = threading.Event()
+        client._runner.loop.call_soon_threadsafe(goes_on.wait, 30)
+        eventually(lambda: not server.stats().sessions, "the session has ended")
+        threading.Timer(0.3, goes_on.set).start()
         push_and_pull(namespace, 2)
         assert client.token != token
 
@@ -148,7 +150,7 @@ def test_a_stopped_hub_costs_the_deadline_and_forgets_the_call(
             namespace.push(keys, BLOCKS.payloads(keys), deadline_s=0.3)
         with pytest.raises(DeadlineExceeded):
             namespace.pull(keys, BLOCKS.out(1), deadline_s=0.3)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5, "and not for as long as a call may take"
     finally:
         hub.cont()
     result = namespace.push(keys, BLOCKS.payloads(keys))
@@ -198,8 +200,8 @@ def test_closing_ends_what_waits_here(hub: ServerProcess) -> None:
         eventually(inline._using.locked, "the push waits here")
         started = time.monotonic()
         client.close()
-        thread.join(5)
-        assert time.monotonic() - started < 4
+        thread.join(10)
+        assert time.monotonic() - started < 8, "the push might take ten"
     finally:
         hub.cont()
     assert not thread.is_alive()

@@ -98,7 +98,7 @@ async def test_a_hub_stopped_in_the_middle_of_a_call(hub: ServerProcess) -> None
             started = time.monotonic()
             with pytest.raises(DeadlineExceeded):
                 await namespace.lookup(BLOCKS.chain(4, 4), deadline_s=0.3)
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 5, "any other call may take ten"
         finally:
             os.kill(hub.pid, signal.SIGCONT)
         await push_and_pull(client, 5)
@@ -115,7 +115,7 @@ async def test_a_hub_killed_in_the_middle_of_calls(tmp_path: Path, serve: Serve)
         hub.kill()
         for ended in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(ended, Unavailable), ended
-        assert time.monotonic() - started < 3, "its end is seen at once"
+        assert time.monotonic() - started < 4.5, "its end is seen before their deadline"
         hub.restart()
         await until(lambda: client.healthy and client.reconnects == 1)
         await push_and_pull(client, 7)

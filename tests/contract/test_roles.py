@@ -83,9 +83,16 @@ async def test_an_engine_obeys_within_a_second_and_stats_say_so(
     async with AsyncClient.connect(server.address, name="vllm-a") as client:
         engine = Engine(client, BOTH)
         await until_known(operator, "vllm-a")
-        started = time.monotonic()
-        assert await operator.set_role("vllm-a", produces=False) == CONSUMER
-        assert time.monotonic() - started < 1
+        taken = []
+        for _ in range(5):
+            for produces in (True, False):
+                started = time.monotonic()
+                told = await operator.set_role("vllm-a", produces=produces)
+                taken.append(time.monotonic() - started)
+                assert told == (BOTH if produces else CONSUMER)
+        assert sorted(taken)[5] < 1, "a pause of the machine is none of theirs"
+        assert engine.heard[-1] == CONSUMER
+        del engine.heard[:]
         role, ceiling = (await roles(operator))["vllm-a"]
         assert (role.produces, role.consumes) == (False, True)
         assert (ceiling.produces, ceiling.consumes) == (True, True)
@@ -93,7 +100,7 @@ async def test_an_engine_obeys_within_a_second_and_stats_say_so(
         assert await operator.set_role("vllm-", consumes=False) == neither
         assert await operator.set_role("vllm-a", consumes=False) == neither, "no order is needed"
         assert await operator.set_role("vllm-a", produces=True, consumes=True) == BOTH
-        assert engine.heard == [CONSUMER, neither, BOTH]
+        assert engine.heard == [neither, BOTH]
 
 
 async def test_the_ceiling_is_told(server: ServerProcess, operator: AsyncClient) -> None:
@@ -160,8 +167,8 @@ async def test_an_engine_that_does_not_obey_is_told_of_and_hears_the_last_order_
         stream = cache.Orders(request)
         await until_known(operator, "stuck")
         for switch in ({"produces": False}, {"consumes": False}):
-            with pytest.raises(Unavailable, match=r"not obeyed within 0\.45 s; the order stands"):
-                await operator.set_role("stuck", deadline_s=0.5, **switch)
+            with pytest.raises(Unavailable, match=r"not obeyed within 1\.8 s; the order stands"):
+                await operator.set_role("stuck", deadline_s=2.0, **switch)
         orders = [await stream.read()]
         if orders[-1].order == 1:  # it had left the hub before the second one came
             orders.append(await stream.read())

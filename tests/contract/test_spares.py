@@ -40,6 +40,12 @@ def client(hub: ServerProcess) -> Iterator[Client]:
         yield client
 
 
+@pytest.fixture(autouse=True)
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not given back stays for longer than any test waits."""
+    monkeypatch.setattr(spares, "TTL_S", 40.0)
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that a pusher waits for, by name."""
@@ -128,7 +134,7 @@ def test_a_wrong_argument_in_a_run_is_refused_as_anywhere(
             namespace.push(keys, arrays, parents=parents[0] if parents else None)
         assert refused.value.field == field
     all_there(namespace, push_run(namespace, 34, 10))
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_a_slot_that_is_lost_in_mid_copy(
@@ -169,7 +175,7 @@ def test_a_slot_that_is_lost_in_mid_copy(
     found = namespace.pull(keys, out).found
     assert found.sum() > 15
     assert BLOCKS.wrong(keys, out, found) == []
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_a_commit_that_is_refused_is_pushed_the_ordinary_way(
@@ -189,23 +195,23 @@ def test_a_commit_that_is_refused_is_pushed_the_ordinary_way(
     monkeypatch.setattr(spares, "write_whole", and_fenced)
     all_there(namespace, push_run(namespace, 38, 8))
     assert ended
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_slots_go_back_when_a_run_has_ended(hub: ServerProcess, client: Client) -> None:
     namespace = client.open_namespace(BLOCKS.spec)
     push_run(namespace, 2, 20)
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
     push_run(namespace, 3, 20)
     other = client.open_namespace(Blocks(layers=4, heads=2, page_bytes=2048, name="other").spec)
     push_run(other, 4, 5)  # what the first one had is not left behind
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_a_closed_client_leaves_none(hub: ServerProcess) -> None:
     with Client.connect(hub.address) as pusher:
         push_run(pusher.open_namespace(BLOCKS.spec), 5, 20)
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_a_block_that_others_pushed_meanwhile_is_present(
@@ -221,22 +227,22 @@ def test_a_block_that_others_pushed_meanwhile_is_present(
         wrong = BLOCKS.payloads(BLOCKS.chain(9, 1))
         assert namespace.push([key], wrong, parents=[keys[at - 1]] if at else None).present == 1
     all_there(namespace, keys)
-    eventually(lambda: none_left(hub), "the spares go back", seconds=5.0)
+    eventually(lambda: none_left(hub), "the spares go back", seconds=20.0)
 
 
 def test_one_that_expired_before_its_commit_costs_nothing(
     hub: ServerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a stop of the process in mid-push: the hub has given the slot up."""
-    monkeypatch.setattr(spares, "TTL_S", 0.4)
-    monkeypatch.setattr(spares, "MARGIN_S", 0.3)
+    monkeypatch.setattr(spares, "TTL_S", 0.8)
+    monkeypatch.setattr(spares, "MARGIN_S", 0.1)
     namespace = client.open_namespace(BLOCKS.spec)
     push_run(namespace, 10, 10)
     filled, slow = spares.write_whole, []
 
     def slowly(*arguments: Any) -> Any:
         sums = filled(*arguments)
-        time.sleep(0.6)
+        time.sleep(1.1)
         slow.append(sums)
         return sums
 
@@ -244,7 +250,7 @@ def test_one_that_expired_before_its_commit_costs_nothing(
     keys = push_run(namespace, 11, 4)
     assert slow
     all_there(namespace, keys)
-    eventually(lambda: none_left(hub), "they are fenced", seconds=5.0)
+    eventually(lambda: none_left(hub), "they are fenced", seconds=20.0)
 
 
 @pytest.mark.parametrize("slots", [33, 60])

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def family(pid: int) -> list[int]:
     """A process and its children."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [child for raw in (task / "children").read_text().split() if (child := int(raw))]
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends meanwhile
+            found += map(int, (task / "children").read_text().split())
     return found
 
 
@@ -79,7 +81,7 @@ async def test_the_bytes_went_this_way(way: Way, hub: ServerProcess, client: Asy
     transfer = client.session.link.transfer
     if isinstance(transfer, NixlTransfer):
         assert transfer.bytes_moved == ([0, 2 * moved] if way.direct else [2 * moved, 0])
-    (session,) = [s for s in hub.stats().sessions if s.client_name == "contract"]
+    (session,) = [s for s in hub.stats().sessions if s.session == client.session.link.session]
     assert list(session.transports) == [way.transport]
 
 
@@ -126,17 +128,20 @@ async def test_a_server_stopped_in_mid_push_commits_nothing_wrong(
     way: Way, hub: ServerProcess
 ) -> None:
     blocks = fresh(**BIG)
-    keys = blocks.chain(1, 16)
     async with way.client(hub) as client:
         namespace = await client.open_namespace(blocks.spec)
-        payloads = blocks.payloads(keys)
-        push = asyncio.create_task(namespace.push(keys, payloads, deadline_s=1.0))
-        await asyncio.sleep(0.01)
-        with Stopped(hub):
-            with pytest.raises(KVError):
-                await push
-            reuse(client, payloads)
-            await asyncio.sleep(0.2)
+        for seed in range(1, 21):  # until one is caught before its end
+            keys = blocks.chain(seed, 16)
+            payloads = blocks.payloads(keys)
+            push = asyncio.create_task(namespace.push(keys, payloads, deadline_s=1.0))
+            await asyncio.sleep(0.01)
+            with Stopped(hub):
+                (ended,) = await asyncio.gather(push, return_exceptions=True)
+                reuse(client, payloads)
+                await asyncio.sleep(0.2)
+            if isinstance(ended, BaseException):
+                break
+        assert isinstance(ended, KVError), ended
     async with way.client(hub) as client:
         namespace = await client.open_namespace(blocks.spec)
         out = blocks.out(16)
@@ -148,13 +153,14 @@ async def test_a_server_stopped_in_mid_push_commits_nothing_wrong(
         await check_all(namespace, blocks, keys)
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("way", CROWDED, indirect=True, scope="module")
 async def test_64_clients_at_once(way: Way, hub: ServerProcess) -> None:
     blocks = fresh(layers=2, heads=2, page_bytes=1024)
     chains = [blocks.chain(seed, 2) for seed in range(64)]
 
     async def work(keys: list[bytes]) -> None:
-        async with way.client(hub, deadline_s=30, staging_bytes=8 << 20) as client:
+        async with way.client(hub, deadline_s=60, staging_bytes=8 << 20) as client:
             namespace = await client.open_namespace(blocks.spec)
             assert (await namespace.push(keys, blocks.payloads(keys))).written == 2
             await check_all(namespace, blocks, keys)
@@ -241,14 +247,14 @@ async def test_a_data_worker_killed_under_traffic_costs_no_call(tcp_hub: ServerP
     """Its connections break, the server starts another one, the client repeats what was open."""
     blocks = fresh(**BIG)
     keys = blocks.chain(1, 6)
-    stop = time.monotonic() + 3.0
     killed: list[int] = []
 
     def kill() -> None:
-        while time.monotonic() < stop - 1.0:
+        for _ in range(3):
             time.sleep(0.7)
             for pid in family(tcp_hub.pid)[1:]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
     async with WAYS["tcp"].client(tcp_hub, deadline_s=20) as client:
@@ -257,7 +263,8 @@ async def test_a_data_worker_killed_under_traffic_costs_no_call(tcp_hub: ServerP
         killer = threading.Thread(target=kill)
         killer.start()
         hits = pulls = 0
-        while time.monotonic() < stop:
+        least, most = time.monotonic() + 3.0, time.monotonic() + 30.0
+        while (now := time.monotonic()) < least or (now < most and pulls < 6 * 20):
             out = blocks.out(6)
             result = await namespace.pull(keys, out)
             assert blocks.wrong(keys, out, result.found) == []

@@ -116,7 +116,9 @@ def using(server: ServerProcess, client: Client, work: Callable[[], None]) -> It
         try:
             work()
         except KVError as error:
-            time.sleep(0.2)  # a connection ends a little before its process
+            deadline = time.monotonic() + 10  # a connection ends a little before its process
+            while server.exit_code() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
             if server.exit_code() is None:
                 wrong.append(error)
         except BaseException as error:

@@ -208,7 +208,9 @@ def pull_seconds(chains: Chains, count: int) -> list[float]:
 
 
 def test_a_slow_disk_does_not_slow_host_hits(serve: Serve) -> None:
-    """A tail of spills is on its way to a disk that takes 0.3 s a block; hits go on beside it."""
+    """A tail of spills is on its way to a disk that takes 0.3 s a block; hits go on beside it. One
+    that waited for the disk would wait for that long; a pause of the machine is shorter.
+    """
     server = serve(
         host_bytes="64MiB", disk_bytes="64MiB", failpoints="spill.write=sleep:0.3@5-1000"
     )
@@ -222,4 +224,4 @@ def test_a_slow_disk_does_not_slow_host_hits(serve: Serve) -> None:
         beside = pull_seconds(chains, 100)
         assert server.stats().spill_queue_bytes, "the disk was done too soon"
         p99, floor = beside[98], baseline[98]
-        assert p99 <= 2 * floor + 0.05, f"{p99:.4f} s beside a slow disk, {floor:.4f} s without"
+        assert p99 <= 2 * floor + 0.2, f"{p99:.4f} s beside a slow disk, {floor:.4f} s without"

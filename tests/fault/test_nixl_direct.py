@@ -73,12 +73,12 @@ async def failed(call: asyncio.Task[object], server: ServerProcess) -> Pin:
 
 
 async def test_a_hub_stopped_in_mid_pull_writes_only_what_is_pinned(serve: Serve) -> None:
-    server = small(serve, failpoints="nixl.post=sleep:1@1", **LONG)
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1", **LONG)
     keys = await pushed(server, 1)
     engine = Engine()
     async with direct(server, engine) as client:
         namespace = await client.open_namespace(BLOCKS.spec)
-        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=0.6))
+        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=1.2))
         try:
             pin = await failed(pull, server)
             pinned = engine.reuse(client)
@@ -110,13 +110,13 @@ async def test_a_hub_stopped_in_mid_pull_writes_only_what_is_pinned(serve: Serve
 @pytest.mark.parametrize("honest", [True, pytest.param(False, marks=pytest.mark.slow)])
 async def test_a_hub_stopped_in_mid_push_commits_nothing_wrong(serve: Serve, honest: bool) -> None:
     """Also from a caller that writes what is pinned: it is refused by its checksums."""
-    server = small(serve, failpoints="nixl.post=sleep:1@1", **LONG)
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1", **LONG)
     engine = Engine()
     keys = BLOCKS.chain(1, COUNT)
     engine.pages[:] = BLOCKS.payloads(keys)
     async with direct(server, engine) as client:
         namespace = await client.open_namespace(BLOCKS.spec)
-        push = asyncio.create_task(namespace.push(keys, engine.pages, deadline_s=0.6))
+        push = asyncio.create_task(namespace.push(keys, engine.pages, deadline_s=1.2))
         try:
             pin = await failed(push, server)
             if honest:
@@ -180,12 +180,12 @@ async def test_a_cancelled_call_leaves_its_memory_pinned(serve: Serve) -> None:
 @pytest.mark.slow
 async def test_a_session_that_ends_under_a_pull_is_settled_by_the_next(serve: Serve) -> None:
     """The hub stands still for longer than the session lives; then it goes on, the same hub."""
-    server = small(serve, failpoints="nixl.post=sleep:1@1")
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1")
     keys = await pushed(server, 1)
     engine = Engine()
     async with direct(server, engine) as client:
         namespace = await client.open_namespace(BLOCKS.spec)
-        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=0.6))
+        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=1.2))
         pin = await failed(pull, server)
         client.session._lose(client.session.link, "the test says so")
         assert not pin.done
@@ -227,12 +227,12 @@ async def test_a_killed_hubs_successor_is_the_proof(serve: Serve) -> None:
 
 @pytest.mark.slow
 async def test_a_client_that_leaves_keeps_the_memory_until_another_asks(serve: Serve) -> None:
-    server = small(serve, failpoints="nixl.post=sleep:1@1", **LONG)
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1", **LONG)
     keys = await pushed(server, 1)
     engine = Engine()
     async with direct(server, engine) as client:
         namespace = await client.open_namespace(BLOCKS.spec)
-        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=0.6))
+        pull = asyncio.create_task(namespace.pull(keys, engine.pages, deadline_s=1.2))
         pin = await failed(pull, server)
     assert len(rings.orphans.kept) == 1
     server.cont()

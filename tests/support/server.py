@@ -33,7 +33,7 @@ import grpc
 
 from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
 
-START_DEADLINE_S = 20.0
+START_DEADLINE_S = 45.0
 SHM = Path("/dev/shm")
 
 

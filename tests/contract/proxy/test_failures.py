@@ -235,10 +235,10 @@ async def test_a_d_that_falls_silent_ends_at_its_deadline(engine, proxy) -> None
 async def test_a_request_ends_at_its_own_deadline(engine, proxy) -> None:
     p, d = await engine(), await engine()
     p.answer = d.answer = never
-    rig = await proxy([p], [d], request_ms=200)
+    rig = await proxy([p], [d], request_ms=800)
     async with rig.post(PATH, COMPLETION) as response:
         assert response.status == 504
-        assert "request_ms = 200" in (await response.json())["error"]["message"]
+        assert "request_ms = 800" in (await response.json())["error"]["message"]
     await p.wait_gone()
     assert d.requests == []
 

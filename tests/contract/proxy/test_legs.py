@@ -9,7 +9,7 @@ import json
 import pytest
 from aiohttp import web
 
-from tests.contract.proxy.conftest import CHAT, COMPLETION, LONG, PARAMS
+from tests.contract.proxy.conftest import CHAT, COMPLETION, LONG, PARAMS, eventually
 from tests.support.http_engine import answer_bytes, answer_json
 
 
@@ -177,6 +177,13 @@ async def test_requests_go_round_and_to_the_idle(engine, proxy) -> None:
     first = asyncio.create_task(_status(rig))
     second = asyncio.create_task(_status(rig))
     await busy.wait_requests(5)
+
+    async def other_is_idle() -> bool:
+        decode = rig.server.engines.decode.engines
+        return sorted(engine.outstanding for engine in decode) == [0, 1]
+
+    await asyncio.wait((first, second), return_when=asyncio.FIRST_COMPLETED)
+    await eventually(other_is_idle)
     for _ in range(3):
         assert await _status(rig) == 200
     assert len(busy.requests) == 5

@@ -138,7 +138,7 @@ def test_pages_go_straight_in_and_out(
 def test_a_load_is_reported_when_the_hub_writes_no_more(
     serve: Serve, engine_of: Callable[[ServerProcess], Engine]
 ) -> None:
-    server = small(serve, failpoints="nixl.post=sleep:1@1", **LONG)
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1", **LONG)
     keys = [block(n, 4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3) for n in range(6)]
     with Client.connect(server.address, transport="shm") as client:
         namespace = client.open_namespace(SPEC)
@@ -148,11 +148,11 @@ def test_a_load_is_reported_when_the_hub_writes_no_more(
         parents = [ROOT] * 6
         assert namespace.push([b.hash for b in keys], arrays, parents=parents).written == 6
     engine = engine_of(server)
-    engine.load(keys, deadline_s=0.7)
+    engine.load(keys, deadline_s=1.2)
     eventually(lambda: running(server) > 0, "the hub is about to write")
     server.stop_signal()
     try:
-        time.sleep(1.5)
+        time.sleep(1.8)
         assert engine.half.take_received() == set(), "the deadline is over, the blocks are not"
         free = block(9, 24, 25, 26, 27)
         before = engine.cells(free)

@@ -46,7 +46,7 @@ def test_without_a_hub_every_question_has_an_answer_at_once(link: HubLink) -> No
     began = time.monotonic()
     link.submit(ask())
     assert done.wait(5)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert answers == [None]
     assert not link.responsive
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -285,23 +284,27 @@ def test_split_covers_every_layer_once(
 
 async def test_a_cancelled_run_returns_when_the_last_copy_has_ended() -> None:
     copier = Copier(2)
-    running = threading.Event()
+    running, gate = threading.Event(), threading.Event()
+    begun: list[int] = []
     ended: list[int] = []
 
     def slow(piece: Piece) -> None:
+        begun.append(piece.index)
         running.set()
-        time.sleep(0.05)
+        assert gate.wait(20)
         ended.append(piece.index)
 
     task = asyncio.create_task(copier.run(slow, [[Piece(i, 0, 1)] * 10 for i in range(8)]))
-    await asyncio.to_thread(running.wait, 5)
+    assert await asyncio.to_thread(running.wait, 20)
     task.cancel()
+    await asyncio.sleep(0.05)
+    assert not task.done(), "it waits for what has begun"
+    gate.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    count = len(ended)
+    assert 1 <= len(ended) == len(begun) <= 2, "a piece a thread, and it stopped early"
     await asyncio.sleep(0.15)
-    assert len(ended) == count, "nothing runs after run() has returned"
-    assert count <= 4, "and it stopped early"
+    assert len(ended) == len(begun) <= 2, "nothing runs after run() has returned"
     copier.close()
 
 

@@ -30,8 +30,8 @@ def test_backoff_draws_from_the_upper_half() -> None:
 
 
 def test_a_deadline_runs_out_and_stays_out() -> None:
+    assert 0 < Deadline(60.0).left() <= 60.0
     deadline = Deadline(0.01)
-    assert 0 < deadline.left() <= 0.01
     time.sleep(0.02)
     assert deadline.left() == 0
 
@@ -139,7 +139,7 @@ async def test_a_silent_hub_ends_at_the_deadline() -> None:
     started = time.monotonic()
     error = await hello_through(silent, deadline_s=0.3)
     assert isinstance(error, errors.DeadlineExceeded)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
 
 
 async def test_nobody_there_is_unavailable_at_once() -> None:
@@ -147,7 +147,7 @@ async def test_nobody_there_is_unavailable_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(errors.Unavailable, match=address):
         await AsyncClient.connect(address)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 def test_the_synchronous_client_opens_at_first_use_and_may_try_again() -> None:

@@ -160,7 +160,7 @@ def test_a_silent_peer_and_one_that_hangs_up(apart: bool, monkeypatch: pytest.Mo
         other.close()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             wires.send(one.fileno(), HEAD, much, np.zeros(64, np.uint64))
-    assert len(os.listdir("/proc/self/task")) == threads
+    assert len(os.listdir("/proc/self/task")) <= threads
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -77,9 +77,10 @@ def test_a_hundred_thousand_blocks_take_about_a_second(tmp_path: Path) -> None:
     ]
     told: list[Event] = []
     found = Recovered()
-    started = time.perf_counter()
+    started = time.process_time()
     restore_disk(records, told.append, found)
-    assert time.perf_counter() - started < 2
+    took = time.process_time() - started
+    assert took < 5.0, f"{took:.1f} s; about one is expected on an idle core"
     assert sum(len(e.blocks) for e in told if isinstance(e, RestoreBlocks)) == 100_000
     assert told[-1] == RestoreDone(Tier.DISK, 100_000)
     assert found.disk_blocks == 100_000

@@ -10,6 +10,7 @@ import pytest
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.shm import ShmServer
+from tests.unit.transfer.tcp_bench import HASTE_S, TcpBench
 
 TOKEN = b"0123456789abcdef"
 SESSION = 77
@@ -40,8 +41,16 @@ async def endpoint(
         liveness=liveness,
         authorise=authorise,
         connections_max=4,
-        handshake_s=0.3,
+        handshake_s=20.0,
     )
     await server.start()
     yield server
     await server.close()
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[TcpBench]:
+    """A data port that soon gives up a peer that stands still."""
+    bench = TcpBench(tmp_path / "host", stall_s=HASTE_S, hello_s=HASTE_S)
+    yield bench
+    bench.close()

@@ -22,6 +22,7 @@ from tests.support.tcp import RawTcp
 
 TOKEN = b"0123456789abcdef"
 SESSION = 77
+HASTE_S = 0.4
 LAYERS, HEADS, CELL = 6, 4, 24 * 1024
 WHOLE = Region(0, LAYERS, 0, HEADS)
 SLOT_BYTES = 40 * UNIT  # 6 * 4 cells of 24 KiB, the trailer, and some room
@@ -48,7 +49,7 @@ class TcpBench:
             alive=lambda session, client: self.alive,
             secret=secret,
             workers=workers,
-            **{"stall_s": 0.4, "hello_s": 0.4, **options},
+            **{"stall_s": 20.0, "hello_s": 20.0, **options},
         )
         try:
             self._run(self.endpoint.start())

@@ -59,10 +59,10 @@ class Puppet:
         if peer not in self.peers:
             raise NixlError("no such peer")
         assert (local[:, 1] == remote[:, 1]).all()
-        self.posted.append((peer, int(local[:, 1].sum())))
-        handle = len(self.posted)
-        self.states[handle] = State.DONE if self.at_once else State.RUNNING
-        return handle, self.states[handle]
+        handle = len(self.posted) + 1
+        state = self.states[handle] = State.DONE if self.at_once else State.RUNNING
+        self.posted.append((peer, int(local[:, 1].sum())))  # a test that sees it says how it ends
+        return handle, state
 
     def state(self, handle: int) -> State:
         return self.states[handle]

@@ -20,6 +20,7 @@ from kvproto.grid import Region
 from tests.support.tcp import sums_of
 from tests.unit.transfer.tcp_bench import (
     CELL,
+    HASTE_S,
     HEADS,
     LAYERS,
     SESSION,
@@ -275,8 +276,8 @@ def test_a_connection_cut_anywhere_leaves_the_server_as_it_was(bench: TcpBench) 
     for cut in [*heads, len(raw) - 1, len(raw)]:
         with bench.raw() as peer:
             peer.sock.sendall(raw[:cut])
-    eventually(lambda: bench.counters()["tcp_connections"] == 0, "let go")
-    eventually(lambda: len(list(FD_DIR.iterdir())) == before, "no descriptor stays")
+    eventually(lambda: bench.counters()["tcp_connections"] == 0, "let go", 30)
+    eventually(lambda: len(list(FD_DIR.iterdir())) <= before, "no descriptor stays")
     assert bench.liveness.is_dead(1)
     with bench.connect() as peer:
         assert peer.write(place, Region(0, 1, 0, 1), payload).status is Status.OK
@@ -304,41 +305,41 @@ def test_noise_instead_of_a_request(bench: TcpBench) -> None:
 
 
 @pytest.mark.parametrize("said", [0, 20])
-def test_a_hello_that_does_not_come(bench: TcpBench, said: int) -> None:
-    with bench.raw() as peer:
+def test_a_hello_that_does_not_come(hasty: TcpBench, said: int) -> None:
+    with hasty.raw() as peer:
         peer.sock.sendall(frames.encode_hello(Hello(SESSION, 1, TOKEN))[:said])
         assert peer.ended()
-    eventually(lambda: bench.counters()["tcp_stalled"] == 1, "counted")
+    eventually(lambda: hasty.counters()["tcp_stalled"] == 1, "counted")
 
 
 @pytest.mark.parametrize("said", [1, 95, 96, 100, 96 + 5 * CELL, 96 + LAYERS * HEADS * CELL + 5])
-def test_a_writer_that_stalls_in_a_frame_is_closed(bench: TcpBench, said: int) -> None:
-    place = bench.reserve()
+def test_a_writer_that_stalls_in_a_frame_is_closed(hasty: TcpBench, said: int) -> None:
+    place = hasty.reserve()
     raw = frames.encode_request(Request(Op.WRITE, 0, place, WHOLE))
     raw += payload_of(WHOLE) + sums_of(payload_of(WHOLE), CELL)[:-8]
-    with bench.connect() as peer:
+    with hasty.connect() as peer:
         peer.sock.sendall(raw[:said])
         assert peer.ended()
-    eventually(lambda: bench.counters()["tcp_stalled"] == 1, "counted")
+    eventually(lambda: hasty.counters()["tcp_stalled"] == 1, "counted")
 
 
-def test_a_reader_that_stops_reading_is_closed_and_disturbs_nobody(bench: TcpBench) -> None:
-    place = bench.reserve()
-    reader = bench.permit(Op.READ, bench.place())
-    with bench.connect() as stuck, bench.connect(client=1) as other:
+def test_a_reader_that_stops_reading_is_closed_and_disturbs_nobody(hasty: TcpBench) -> None:
+    place = hasty.reserve()
+    reader = hasty.permit(Op.READ, hasty.place())
+    with hasty.connect() as stuck, hasty.connect(client=1) as other:
         request = frames.encode_request(Request(Op.READ, 0, reader, WHOLE))
         for _ in range(40):
             stuck.sock.sendall(request)
         payload = payload_of(WHOLE)
         for _ in range(3):
             assert other.write(place, WHOLE, payload).status is Status.OK
-        eventually(lambda: bench.counters()["tcp_stalled"] == 1, "closed")
+        eventually(lambda: hasty.counters()["tcp_stalled"] == 1, "closed")
 
 
-def test_an_idle_connection_stays(bench: TcpBench) -> None:
-    place = bench.reserve()
-    with bench.connect() as peer:
-        time.sleep(1.0)  # more than twice what a started frame may stand still
+def test_an_idle_connection_stays(hasty: TcpBench) -> None:
+    place = hasty.reserve()
+    with hasty.connect() as peer:
+        time.sleep(2.5 * HASTE_S)  # what a started frame may stand still
         assert peer.write(place, WHOLE, payload_of(WHOLE)).status is Status.OK
 
 
