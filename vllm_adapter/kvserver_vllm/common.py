@@ -98,7 +98,7 @@ class Tracked:
     announced: list[bytes] | None = None
     announced_at: float = 0.0
     saved: int = 0
-    completed: int = 0  # blocks: what the steps so far compute, saved or not
+    completed: int = 0  # of one that is over: blocks that were computed, saved or not
     put_off: bool = False  # what it has computed, for pushes of others hold too many blocks
     tail: bool = False  # the answer's last block is the prompt's tail
     prompt_tokens: int = 0  # that are saved and loaded at most

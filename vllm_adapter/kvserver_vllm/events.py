@@ -17,13 +17,9 @@ class EventLog:
 
     def __init__(self, path: str, **common: object) -> None:
         self._common = {"pid": os.getpid(), **common}
-        self._fd = -1
+        self._fd, self.on = -1, bool(path)
         if path:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-
-    @property
-    def on(self) -> bool:
-        return self._fd >= 0
 
     def write(self, event: str, **fields: object) -> None:
         if self._fd < 0:
@@ -35,4 +31,4 @@ class EventLog:
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self.on = -1, False

@@ -236,7 +236,8 @@ class Loads:
 
     def _tokens(self, load: Load) -> list[int]:
         """Tokens that each block of a load brings."""
-        run, found, left = self._run(load), list[int](), load.tokens
+        run, left = self._run(load), load.tokens
+        found: list[int] = []
         for index in range(len(run)):
             here = run.tokens if index < len(run) - 1 else run.last_tokens
             pages = run.pages_of(index)

@@ -39,7 +39,8 @@ class PinLedger:
         self._pool: Any = None
         self._jobs: dict[int, Pinned] = {}
         self.saving: set[bytes] = set()
-        """Keys on their way."""
+        """Keys on their way. Who decides to save one adds it; the job made of it in the same call
+        takes it away when it is over."""
         self.orphans = 0
         """Engine blocks pinned for requests that are over."""
 
@@ -66,29 +67,28 @@ class PinLedger:
             self._pool.free_blocks(reversed(self._blocks(ids)))
 
     def pin(
-        self, job: int, part: Sequence[tuple[Run, Sequence[int]]], *, over: bool = False
+        self, job: int, runs: Sequence[Run], reads: Sequence[Sequence[int]], *, over: bool = False
     ) -> None:
-        """`part`: what the job saves, each with the engine blocks that it reads. `over`: their
-        request is."""
+        """The job saves `runs`, each of which `reads` these engine blocks. `over`: their request
+        is."""
         owners: dict[str, int] = {}
         pinned: list[int] = []
         keys: list[bytes] = []
-        for run, ids in part:
+        for run, ids in zip(runs, reads, strict=True):
             owners[run.request] = owners.get(run.request, 0) + len(ids)
             pinned += ids
             keys += run.hashes
-        if self._pool is not None:
-            self._pool.touch(self._blocks(pinned))
+        pool = self._pool
+        if pool is not None:
+            pool.touch(list(map(pool.blocks.__getitem__, pinned)))
         orphans = len(pinned) if over else 0
         self.orphans += orphans
         self._jobs[job] = Pinned(pinned, keys, {} if over else owners, orphans, self._ranks)
-        self.saving.update(keys)
 
     def take_over(self, job: int, run: Run, ids: Sequence[int]) -> None:
         """The job saves `run`, of a request that is over, and reads just what is held for it: that
         is the job's from here on, neither touched again nor let go of."""
         self._jobs[job] = Pinned(ids, run.hashes, {}, len(ids), self._ranks)
-        self.saving.update(run.hashes)
 
     def orphan(self, request: str) -> None:
         for pinned in self._jobs.values():

@@ -4,7 +4,8 @@ Rules:
   1. A block is saved once, by the step that computes its last token, a prompt's tail only when the
      prompt is handed off. Of a prompt that is not, a step names so many blocks, and leaves the rest
      to the next one: the engine's thread does a little at a time. Of what a step does not itself
-     compute (the engine had it, or an earlier step left it) it names so many of all prompts.
+     compute (the engine had it, or an earlier step left it) it names so many of all prompts, and
+     then looks at no more of them than at those that compute a block or are handed off.
   2. What was announced is written or withdrawn: with its request, or as soon as a rank has given
      its push up. A long prompt's announcement is renewed.
   3. Pages under a push are pinned in the block pool until every rank has let go of them.
@@ -37,6 +38,9 @@ JOB_BLOCKS_MAX = 1024
 STEP_BLOCKS = 24
 """Blocks of one request that a step names, unless somebody waits for them; of all requests that are
 over, together; of all that it does not compute, too."""
+ROOM_MIN = STEP_BLOCKS // 2
+"""With less room than that left a step looks for nothing more to name: vLLM's table of one more
+request costs as much as what would be named of it."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
 ORPHANS_FLOOR = 64
@@ -127,6 +131,8 @@ class Saves:
     ) -> None:
         """A request is over, for whatever reason: what it has not computed is not coming, nor what
         was put off to the last. `tables`: its blocks, if what it has computed stands in them."""
+        of = tracked.request
+        tracked.completed = min(of.num_computed_tokens, of.num_tokens) // self._common.block
         left = tracked.completed > tracked.saved and any(tables) and self._on
         if left and not tracked.put_off and not self._common.recurrent:
             tracked.put_off = self._pins.orphans > self._orphans_max
@@ -146,7 +152,8 @@ class Saves:
     def _held(self, one: Ended, start: int, stop: int | None) -> list[int]:
         """The engine's blocks from where the hub's block `start` begins to where `stop` does, None:
         to the end of all that is left. What two of the hub's share goes with the later one."""
-        common, end, found = self._common, one.tracked.completed * self._common.block, list[int]()
+        common, end = self._common, one.tracked.completed * self._common.block
+        found: list[int] = []
         null = common.pool.null_block.block_id if common.pool is not None else -1
         for ids, tokens in zip(one.tables, common.group_tokens, strict=True):
             last = -(-end // tokens) if stop is None else stop * common.block // tokens
@@ -156,7 +163,8 @@ class Saves:
     def _of_ended(self, room: int) -> list[SaveJob]:
         """Jobs for what this step names of requests that are over: `room` blocks, as many as a step
         may where the time of the first is over, and all of what somebody waits for."""
-        common, jobs = self._common, list[SaveJob]()
+        common = self._common
+        jobs: list[SaveJob] = []
         now = common.clock()
         if now >= self._ended[0].until:
             room = STEP_BLOCKS
@@ -182,7 +190,7 @@ class Saves:
                 held = common.engine_blocks(run)
             else:
                 held = self._held(one, start, None if whole else stop)
-            jobs += self._jobs(self._new(run, set()), held)
+            jobs += self._jobs(self._new(run), held)
             if whole:
                 self._ended.popleft()
                 self._withdraw(tracked)
@@ -206,7 +214,7 @@ class Saves:
         """Jobs for what this step completes; their pages are pinned from here on."""
         if not self._common.saves:
             self._take_back(requests)
-        jobs = list[SaveJob]()
+        jobs: list[SaveJob] = []
         if output.num_scheduled_tokens and self._on:
             runs = self._runs(output, requests)
             if runs:
@@ -223,34 +231,40 @@ class Saves:
     def _jobs(self, runs: Sequence[Run], held: Sequence[int] | None = None) -> list[SaveJob]:
         """They pin their pages from here on. `held`: the engine's blocks that were held for these
         runs, of a request that is over; what no job pins is let go of."""
-        common, pins, jobs = self._common, self._pins, list[SaveJob]()
-        few = sum(len(run.hashes) for run in runs) <= JOB_BLOCKS_MAX
-        for part in ([runs] if runs else ()) if few else jobs_of(runs, JOB_BLOCKS_MAX):
+        common, pins = self._common, self._pins
+        jobs: list[SaveJob] = []
+        single = len(runs) == 1 and len(runs[0].hashes) <= JOB_BLOCKS_MAX
+        for part in (runs,) if single else jobs_of(runs, JOB_BLOCKS_MAX):
             self._job += 1
             jobs.append(SaveJob(self._job, Blocks(part)))
-            ids = [(run, common.engine_blocks(run)) for run in part]
-            if len(runs) == 1 and few and ids[0][1] == held:
-                pins.take_over(self._job, *ids[0])
+            reads = list(map(common.engine_blocks, part))
+            if single and reads[0] == held:
+                pins.take_over(self._job, part[0], held)
                 return jobs
-            pins.pin(self._job, ids, over=held is not None)
+            pins.pin(self._job, part, reads, over=held is not None)
         if held is not None:
             pins.let_go(held)
         return jobs
 
     def _runs(self, output: Any, requests: dict[str, Tracked]) -> list[Run]:
-        """Blocks that are complete after this step, and that no other push has."""
+        """Blocks that are complete after this step, and that no other push has. One function, and
+        what few requests need stands behind what tells them: caches are cold here."""
         found: list[Run] = []
-        common, state = self._common, output.kv_connector_block_state
-        now, room, block, recurrent = common.clock(), STEP_BLOCKS, common.block, common.recurrent
+        common, state, room = self._common, output.kv_connector_block_state, STEP_BLOCKS
+        block, recurrent = common.settings.block_tokens, bool(common.state_groups)
         crowded = self._pins.orphans > self._orphans_max
-        taken: set[bytes] = set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = requests.get(request_id)
-            if tracked is None or (recurrent and not tracked.hands_off):
+            tracked, own = requests.get(request_id), scheduled // block
+            if tracked is None or not (tracked.hands_off or ((room or own) and not recurrent)):
                 continue
-            request, tail, own = tracked.request, False, scheduled // block
-            computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
-            full = tracked.completed = computed // block
+            request, tail = tracked.request, False
+            computed = request.num_computed_tokens + scheduled
+            full = computed // block
+            if not (full > tracked.saved or tracked.hands_off):
+                continue
+            if computed > request.num_tokens:  # some are drafts
+                computed = request.num_tokens
+                full = computed // block
             if tracked.hands_off:
                 tail = computed >= request.num_prompt_tokens and self._pushes_tail(tracked)
             else:
@@ -266,44 +280,41 @@ class Saves:
                 continue
             if not tracked.hands_off:
                 room = max(0, room - max(0, full - tracked.saved - own))
-            completed = self._completed(tracked, full, tail, tables)
+                room = room if room >= ROOM_MIN else 0
+            completed = []
+            if full > tracked.saved:
+                completed.append(common.run(tracked, range(tracked.saved, full), tables))
+                tracked.saved = full
+            if tail:
+                completed.append(self._tail(tracked, tables))
             if recurrent:
                 stateful = computed == tracked.prompt_tokens
                 completed = self._without_states(completed, stateful)
             if tracked.announced:
-                self._ordered(tracked, completed, now)
+                self._ordered(tracked, completed, common.clock())
             for run in completed:
-                for new in self._new(run, taken):
-                    taken.update(new.hashes)
-                    found.append(new)
+                found += self._new(run)
         return found
 
-    def _new(self, run: Run, taken: set[bytes]) -> list[Run]:
-        """What of it is neither `taken` nor on its way already, and still whole."""
+    def _new(self, run: Run) -> Sequence[Run]:
+        """What of it is not on its way already, and still whole: that is on its way from here."""
         saving, savable, keys = self._pins.saving, self._common.savable, run.hashes
-        if saving.issuperset(keys) or taken.issuperset(keys):
-            return []
-        if saving.isdisjoint(keys) and taken.isdisjoint(keys) and SKIP not in run.pages:
-            return [run]
-        return run.stretches(
-            lambda at: not (keys[at] in taken or keys[at] in saving) and savable(run.pages_of(at))
-        )
+        if saving.isdisjoint(keys) and SKIP not in run.pages:
+            saving.update(keys)
+            return (run,)
+        if saving.issuperset(keys):
+            return ()
+        found = run.stretches(lambda at: keys[at] not in saving and savable(run.pages_of(at)))
+        for new in found:
+            saving.update(new.hashes)
+        return found
 
-    def _completed(
-        self, tracked: Tracked, full: int, tail: bool, tables: Sequence[Sequence[int]]
-    ) -> list[Run]:
-        """The blocks up to `full` that were not saved yet, and the prompt's tail if it is time."""
-        common, chain = self._common, tracked.chain
-        assert chain is not None
-        runs = []
-        if full > tracked.saved:
-            runs.append(common.run(tracked, range(tracked.saved, full), tables))
-            tracked.saved = full
-        if tail:
-            tracked.tail_saved = True
-            at = chain.prompt_blocks
-            runs.append(common.run(tracked, range(at, at + 1), tables, tail=True))
-        return runs
+    def _tail(self, tracked: Tracked, tables: Sequence[Sequence[int]]) -> Run:
+        """The prompt's, whose time it is."""
+        assert tracked.chain is not None
+        tracked.tail_saved = True
+        at = tracked.chain.prompt_blocks
+        return self._common.run(tracked, range(at, at + 1), tables, tail=True)
 
     def _without_states(self, runs: Sequence[Run], stateful: bool) -> list[Run]:
         """The states are those after the last block, if it is `stateful`, and of no other."""

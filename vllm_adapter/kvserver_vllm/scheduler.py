@@ -184,10 +184,12 @@ class SchedulerHalf:
         return meta
 
     def _prompt_tokens(self, output: Any) -> int:
-        """Tokens of prompts that this step computes."""
+        """Tokens of prompts that this step computes, but those of which it computes a single one:
+        that costs what decoding a token does."""
         tokens, log, requests = 0, self._common.log, self._requests
+        least = 1 if log.on else 2
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = requests.get(request_id)
+            tracked = requests.get(request_id) if scheduled >= least else None
             if tracked is not None:
                 request = tracked.request
                 left = request.num_prompt_tokens - request.num_computed_tokens

@@ -306,3 +306,20 @@ def test_hits_below_the_configured_floor_are_computed() -> None:
     world = World(settings={"min_hit_tokens": 513})
     assert hits(world, 2) == [False, False]
     assert world.match(world.new(FakeRequest("b", 700, seed=7), usable=5)) == (640, True)
+
+
+def test_a_step_that_computes_one_token_each_of_many_prompts_says_nothing_of_prefilling(
+    world: World,
+) -> None:
+    """Whole hits: what the step takes is what decoding takes."""
+    requests = [world.new(FakeRequest(f"r{n}", 2, seed=n)) for n in range(100)]
+    scheduled = {request.request_id: 1 for request in requests}
+    world.step(**scheduled)
+    world.now += 5.0
+    world.report()
+    assert world.half._common.pace.prefill_s(1000) is None
+    world.new(FakeRequest("long", 100))
+    world.step(long=100)
+    world.now += 5.0
+    world.report()
+    assert world.half._common.pace.prefill_s(1000) == pytest.approx(50.0)

@@ -76,6 +76,27 @@ def test_a_step_names_so_many_blocks_of_all_requests_that_the_engine_had_itself(
     assert sorted(named) == sorted(wanted), "later steps named the rest"
 
 
+def test_a_step_that_has_named_enough_still_names_what_it_computes_and_hands_off() -> None:
+    """Of those that come after it looks at nobody else."""
+    world = World(blocks=2400)
+    had = FakeRequest("had", (STEP_BLOCKS + 2) * BLOCK, seed=1)
+    behind = FakeRequest("behind", 4 * BLOCK, seed=2)
+    prefilled = FakeRequest("prefilled", 4 * BLOCK, seed=3)
+    handed = FakeRequest("handed", BLOCK + 9, seed=4, kv_transfer_params={"do_remote_decode": True})
+    for request in (had, behind, prefilled, handed):
+        world.new(request, usable=0)
+        world.alloc(request)
+    for request in (had, behind, handed):
+        request.num_computed_tokens = request.num_prompt_tokens - 1
+    named = [
+        block.hash
+        for job in world.step(had=1, behind=1, prefilled=2 * BLOCK, handed=1).saves
+        for block in job.blocks
+    ]
+    wanted = [*had.hashes()[:STEP_BLOCKS], *prefilled.hashes()[:2], *handed.hashes(tail=True)]
+    assert named == wanted
+
+
 def end(world: World, request: FakeRequest) -> list[int]:
     """As vLLM does: it frees the blocks at once."""
     table = world.tables[request.request_id]
@@ -265,6 +286,23 @@ def test_what_a_request_leaves_stays_announced_until_it_is_named() -> None:
     assert world.match(other) == (STEP_BLOCKS * BLOCK, True), "it does not wait for its own"
 
 
+def test_a_request_that_no_step_came_to_look_at_leaves_what_it_computed() -> None:
+    world = World(blocks=2400)
+    requests = [FakeRequest(f"r{n}", STEP_BLOCKS * BLOCK, seed=n) for n in range(2)]
+    for request in requests:
+        world.new(request, usable=0)
+        world.alloc(request)
+        request.num_computed_tokens = request.num_prompt_tokens - 1
+    assert [b.request for job in world.step(r0=1, r1=1).saves for b in job.blocks] == (
+        ["r0"] * STEP_BLOCKS
+    )
+    requests[1].num_computed_tokens += 1
+    requests[1].all_token_ids.append(7)
+    end(world, requests[1])
+    (job,) = world.step().saves
+    assert [block.hash for block in job.blocks] == requests[1].hashes()
+
+
 def test_a_request_that_was_preempted_when_it_ended_leaves_nothing() -> None:
     """vLLM has freed its blocks."""
     world = World(blocks=400)
@@ -304,6 +342,7 @@ def test_what_a_request_leaves_does_not_keep_the_request() -> None:
     request.all_token_ids += range(BLOCK - 1)
     world.tables["a"] += [block.block_id for block in world.pool.get_new_blocks(4)]
     assert len(world.step(a=BLOCK).saves) == 1
+    request.num_computed_tokens += BLOCK
     left, held = request.hashes()[2 * STEP_BLOCKS :], weakref.ref(request)
     end(world, request)
     del request
