@@ -9,7 +9,8 @@ the hub is 128 tokens, 16 MiB. Ways take turns in each round; figures are median
   pages       `DevicePages`: gathered on the card, its copy engine, and into unpinned memory as the
               hub's arena is; `heads first` and `tokens first` are the orders that engines have
   pushes      16 blocks from the card to a hub and back into it: straight by NIXL, or through
-              host memory by shm and by NIXL
+              host memory by shm and by NIXL; `by pages`, over shm as the adapter does it: gathered
+              into the arena and committed, leased, scattered and verified
   marks       microseconds of the engine's thread for a hook
 
 Needs torch and, for the pushes by NIXL, NIXL.
@@ -31,9 +32,10 @@ import torch
 
 from bench import machine
 from bench.transfer import wait_resident
-from kvclient import AsyncClient, Scattered
+from kvclient import AsyncClient, CommitVerdict, Scattered
 from kvclient.staging import aligned
 from kvproto import nixlib
+from kvserver_vllm.cores import sharing
 from kvserver_vllm.device import DevicePages
 from kvserver_vllm.layout import TOKEN_ENCODING
 from kvserver_vllm.marks import Marks
@@ -129,6 +131,7 @@ class Pushes:
         self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
     async def open(self) -> None:
+        self.began = 0.0
         self._namespace = await self._client.open_namespace(self._blocks.spec)
         if self._direct:
             await self._client.register(self._card)
@@ -158,8 +161,43 @@ class Pushes:
         torch.cuda.synchronize()
 
 
+class ByPages(Pushes):
+    """The adapter's way."""
+
+    async def open(self) -> None:
+        await super().open()
+        self._kv = tensors("heads first")
+        self._pages = DevicePages(TOKEN_ENCODING, self._kv)
+        self._ids = np.arange(COUNT * PAGES).reshape(COUNT, PAGES).tolist()
+        self._sent = [layer[: COUNT * PAGES].clone() for layer in self._kv]
+
+    async def push(self, seed: int) -> None:
+        reservation = await self._namespace.reserve(self._blocks.chain(seed, COUNT))
+        async with reservation:
+            for index, ids in enumerate(self._ids):
+                self._pages.gather(0, LAYERS, ids, reservation.cells(index))
+            verdicts = await reservation.commit()
+        assert (verdicts == CommitVerdict.OK).all()
+
+    async def pull(self, seed: int) -> None:
+        for layer in self._kv:
+            layer[: COUNT * PAGES].zero_()
+        torch.cuda.synchronize()
+        self.began = time.perf_counter()
+        async with self._namespace.acquire(self._blocks.chain(seed, COUNT)) as stream:
+            async for granted in stream:
+                self._pages.scatter(0, LAYERS, self._ids[granted.index], granted.cells)
+                threads = sharing() > 1
+                assert await granted.verified() if threads else granted.verify()
+                await granted.release()
+
+    def check(self) -> None:
+        for layer, sent in zip(self._kv, self._sent, strict=True):
+            assert torch.equal(layer[: COUNT * PAGES], sent)
+
+
 async def pushes(rounds: int) -> list[Row]:
-    names = {"shm, through the host": {"transport": "shm"}}
+    names = {"shm, through the host": {"transport": "shm"}, "shm, by pages": {"transport": "shm"}}
     if nixlib.available():
         names["nixl, through the host"] = {"transport": "nixl"}
         names["nixl, straight"] = {"transport": "nixl", "direct": True}
@@ -172,18 +210,20 @@ async def pushes(rounds: int) -> list[Row]:
         await asyncio.to_thread(wait_resident, server)
         ways = []
         for name, options in names.items():
-            client = await AsyncClient.connect(server.address, deadline_s=60, **options)
-            ways.append(Pushes(client, name))
+            client = await AsyncClient.connect(
+                server.address, deadline_s=60, copy_threads=max(2, sharing()), **options
+            )
+            ways.append((ByPages if name.endswith("pages") else Pushes)(client, name))
             await ways[-1].open()
         for number in range(rounds + 3):  # the first ones are each slot's first write
             for way in ways:
                 seed = 1000 * number + ways.index(way)
                 for word, call in (("push", way.push), ("pull", way.pull)):
-                    began = time.perf_counter()
+                    way.began = time.perf_counter()
                     await call(seed)
                     torch.cuda.synchronize()
                     if number >= 3:
-                        spent = time.perf_counter() - began
+                        spent = time.perf_counter() - way.began
                         found.setdefault((way.name, word), []).append(spent)
                 way.check()
         for way in ways:

@@ -141,6 +141,16 @@ class Granted:
         read_piece(arena, work, Piece(0, 0, self._stream.region.layers))
         return self._judge(Outcome(int(work.outcomes[0])))
 
+    async def verified(self) -> bool:
+        """`verify`, shared out over the copy threads: sooner for a large block where there are
+        cores for them, later for a small one."""
+        transfer = self.batch.link.transfer
+        if not transfer.mapped:
+            return self._judge(self._outcome)
+        work = self._work(None)
+        await transfer.get(work, self._stream.namespace.copier)
+        return self._judge(Outcome(int(work.outcomes[0])))
+
     async def copy_to(self, out: Bytes) -> bool:
         """Copy the region into `out` ([layers, heads, cell bytes or more], cells contiguous) in
         the copy threads and check the bytes that arrived. False is a miss.

@@ -423,6 +423,7 @@ async def test_the_old_weights_are_dropped_while_the_new_ones_are_used(
                 cells = granted.cells.reshape(old.shape)
                 assert np.array_equal(cells, was[granted.index])
                 assert granted.verify()
+                assert await granted.verified()
                 await granted.release()
         out = new.out(len(keys))
         assert (await after.pull(keys, out)).found.all()

@@ -224,6 +224,9 @@ class FakeLink:
     async def greet(self, specs: Sequence[bytes]) -> None:
         self.greeted += specs
 
+    async def verified(self, granted: FakeGranted) -> bool:
+        return granted.verify()
+
     async def namespace(self, spec: bytes, deadline_s: float = 5.0) -> FakeNamespace:
         assert spec == b"spec"
         return self.opened

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from kvserver_vllm.errors import ConfigError
 
+CORES_A_THREAD, THREADS_MAX = 4, 4
 NODES = Path("/sys/devices/system/node")
 _KEY = "kv_connector_extra_config: cores"
 
@@ -47,6 +48,13 @@ def cores_of(setting: str, *, bound: bool) -> frozenset[int] | None:
     except OSError:
         return None
     return frozenset(mine | (wide & _near(mine)))
+
+
+def sharing(cores: Collection[int] | None = None) -> int:
+    """Threads that share a large copy or hash on these cores, by default those that the calling
+    thread may run on: one for every four, and no more than four, for the rest is the engine's."""
+    count = len(os.sched_getaffinity(0) if cores is None else cores)
+    return min(max(1, count // CORES_A_THREAD), THREADS_MAX)
 
 
 def parse_cores(text: str) -> frozenset[int]:

@@ -4,7 +4,7 @@
 
 The device gathers (and scatters) whatever the strides are, so that its copy engine moves long runs
 of bytes. Rooms on the host are pinned, and the processor copies between them and the cells while
-the next part is under way.
+the next part is under way. Where there are many cores, several threads share such a copy.
 
 Rules:
   1. A call returns when its copies have ended, and gives up the interpreter's lock meanwhile. It
@@ -12,7 +12,8 @@ Rules:
   2. The lane's stream is its own and waits for no other: callers see to it that what they gather
      has been written, and that nobody uses what they scatter into (`kvserver_vllm.marks`).
   3. A lane has ROOMS rooms of ROOM_BYTES, on the device and pinned, made when it is first used;
-     they grow only for a single layer's page that is larger.
+     they grow only for a single layer's page that is larger. It has threads for the cores that its
+     first caller may run on.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from kvserver_vllm.cores import sharing
 from kvserver_vllm.layout import (
     SKIP,
     Bytes,
@@ -37,6 +42,7 @@ from kvserver_vllm.layout import (
 
 ROOMS = 2
 ROOM_BYTES = 16 << 20
+SHARE_BYTES = 1 << 20  # what a further thread is worth waking up for
 DEVICES = ("cpu", "cuda")
 """Where KV may lie. With CPU tensors everything here works too; HostPages are faster."""
 
@@ -70,9 +76,10 @@ class DevicePages(PlacedPages):
 
         def finish(room: _Room, portion: _Portion) -> None:
             room.wait()
-            portion.of(out)[...] = room.array(self._shape(portion))
+            lane.copy(portion.of(out), room.array(self._shape(portion)))
 
-        with _lane_of(self._device).turn(self._room_bytes) as rooms:
+        lane = _lane_of(self._device)
+        with lane.turn(self._room_bytes) as rooms:
             for at, portion in enumerate(self._portions(layer, stop, page_ids)):
                 room = rooms[at % ROOMS]
                 cells = room.cells(self._shape(portion), self._item)
@@ -87,11 +94,12 @@ class DevicePages(PlacedPages):
 
     def scatter(self, layer: int, stop: int, page_ids: Sequence[int], cells: Bytes) -> None:
         """As in `Pages`."""
-        with _lane_of(self._device).turn(self._room_bytes) as rooms:
+        lane = _lane_of(self._device)
+        with lane.turn(self._room_bytes) as rooms:
             for at, portion in enumerate(self._portions(layer, stop, page_ids)):
                 room = rooms[at % ROOMS]
                 room.wait()
-                room.array(self._shape(portion))[...] = portion.of(cells)
+                lane.copy(room.array(self._shape(portion)), portion.of(cells))
                 room.send(self._shape(portion))
                 sent = room.cells(self._shape(portion), self._item)
                 for source, engine, index in self._pairs(portion, sent):
@@ -219,6 +227,28 @@ class _Lane:
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._rooms: list[_Room] = []
+        self._threads = sharing()
+        self._others = ThreadPoolExecutor(self._threads, thread_name_prefix="kvserver-pages")
+
+    def copy(self, target: Bytes, source: Bytes) -> None:
+        """Of equal shapes, on the host. It has ended when this returns, however that is."""
+        count = min(self._threads, target.nbytes // SHARE_BYTES)
+        axis = next((axis for axis in range(3) if target.shape[axis] >= count), None)
+        if count < 2 or axis is None:
+            target[...] = source
+            return
+        shares = zip(
+            *(np.array_split(cells, count, axis) for cells in (target, source)), strict=True
+        )
+        mine, *others = shares
+        futures: list[Future[None]] = []
+        try:
+            futures += (self._others.submit(np.copyto, *share) for share in others)
+            np.copyto(*mine)
+        finally:
+            wait(futures)
+        for future in futures:
+            future.result()
 
     @contextmanager
     def turn(self, room_bytes: int) -> Iterator[list[_Room]]:

@@ -24,6 +24,7 @@ from kvclient import (
     AsyncNamespace,
     BlockState,
     DeadlineExceeded,
+    Granted,
     KVError,
     Limits,
     Need,
@@ -31,10 +32,12 @@ from kvclient import (
     Role,
     Unavailable,
 )
+from kvclient.copying import THREADS
 from kvproto import cells
 from kvproto.namespace import NamespaceSpec
 from kvproto.needs import usable_prefix
 from kvserver_vllm.common import Answer
+from kvserver_vllm.cores import sharing
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.messages import Section
 
@@ -74,6 +77,8 @@ class HubLink:
         self._log = log
         self._reach = dict(reach or {})
         self._cores = cores
+        self.sharing = sharing(cores)
+        """Threads that share a large block's copy."""
         self._holders = 0
         self._client: AsyncClient | None = None
         self._suspect = False
@@ -237,6 +242,10 @@ class HubLink:
         if not task.cancelled() and task.exception() is not None:
             logger.error("kvserver: background work failed", exc_info=task.exception())
 
+    async def verified(self, granted: Granted) -> bool:
+        """Whether what was copied of a granted block is what was committed."""
+        return await granted.verified() if self.sharing > 1 else granted.verify()
+
     async def namespace(self, spec: bytes, deadline_s: float = CALL_S) -> AsyncNamespace:
         """The opened namespace of this spec. KVError when the hub cannot be asked."""
         known = self._namespaces.get(spec)
@@ -382,6 +391,7 @@ class HubLink:
                         tenant=self.tenant,
                         deadline_s=CALL_S,
                         staging_s=REGISTER_S,
+                        copy_threads=max(THREADS, self.sharing),
                         **self._reach,
                     )
                     await self._register()

@@ -147,7 +147,7 @@ class Pulls:
                 async for granted in stream:
                     part.watch.arrived()
                     index = chosen[granted.index]
-                    if self._take(part, index, stream.region, granted):
+                    if await self._take(part, index, stream.region, granted):
                         part.missing.discard(index)
                     await granted.release()
 
@@ -185,13 +185,13 @@ class Pulls:
                     rank.log_cells("pulled", section, region, blocks[index], moved, tier)
         return [index for index in part.wanted if index not in places]
 
-    def _take(self, part: Part, index: int, region: Region, granted: Granted) -> bool:
+    async def _take(self, part: Part, index: int, region: Region, granted: Granted) -> bool:
         """Copy one granted block into the engine's pages; whether its bytes are the right ones."""
         pages, block, cells = part.section.pages, part.job.blocks[index], granted.cells
         pages.scatter(0, pages.layers, block.pages, cells)
         moved, tier = int(cells.nbytes), int(granted.tier)
         del cells
-        if not granted.verify():
+        if not await self._rank.link.verified(granted):
             return False
         self._rank.count("pulled_bytes", moved)
         if self._rank.log.on:

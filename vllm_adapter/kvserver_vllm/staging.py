@@ -216,7 +216,7 @@ class Stagings:
                 section.pages.scatter(start, stop, block.pages, cells)
                 moved, tier = moved + int(cells.nbytes), int(granted.tier)
                 del cells
-                good = granted.verify() and good
+                good = await self._rank.link.verified(granted) and good
                 await granted.release()
             if good:
                 missing.discard(index)

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from kvserver_vllm import cores
 from kvserver_vllm.config import Settings
-from kvserver_vllm.cores import cores_of, parse_cores
+from kvserver_vllm.cores import cores_of, parse_cores, sharing
 from kvserver_vllm.errors import ConfigError
 from kvserver_vllm.events import EventLog
 from kvserver_vllm.link import HubLink
@@ -76,6 +76,15 @@ def test_cores_that_are_not_there_are_refused() -> None:
 
 
 @two_cores
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (128, 4)])
+def test_one_of_four_cores_shares_a_copy(
+    monkeypatch: pytest.MonkeyPatch, count: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)))
+    assert sharing() == threads
+    assert sharing(range(16)) == 4
+
+
 def test_the_links_thread_runs_where_it_is_told() -> None:
     found: list[set[int]] = []
     done = threading.Event()

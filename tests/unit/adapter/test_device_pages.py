@@ -5,6 +5,7 @@ Here with tensors on the CPU; `tests/gpu/test_device_pages.py` has them on a car
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import numpy as np
@@ -15,9 +16,16 @@ pytest.importorskip("torch")
 import torch
 
 from kvproto.errors import FieldError
+from kvserver_vllm import device
 from kvserver_vllm.device import DevicePages
 from kvserver_vllm.grouped import pages_of
-from kvserver_vllm.layout import CPU_ENCODING, LATENT_ENCODING, TOKEN_ENCODING, HostPages
+from kvserver_vllm.layout import (
+    CPU_ENCODING,
+    LATENT_ENCODING,
+    TOKEN_ENCODING,
+    Bytes,
+    HostPages,
+)
 from tests.support.kv_tensors import ORDERS, complaints, fill, kv_tensors
 
 
@@ -32,6 +40,36 @@ def test_every_layout_and_encoding(order: str, encoding: str, room_bytes: int) -
     rng = np.random.default_rng(7)
     pages = partial(DevicePages, encoding, room_bytes=room_bytes)
     assert complaints(partial(HostPages, encoding), pages, tensors, rng) == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_that_several_threads_share(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever axis they are cut along."""
+    threads: set[str] = set()
+
+    def copyto(target: Bytes, source: Bytes) -> None:
+        threads.add(threading.current_thread().name)
+        target[...] = source
+
+    monkeypatch.setattr(device, "SHARE_BYTES", 100)
+    monkeypatch.setattr(device, "_lanes", {})
+    monkeypatch.setattr(device, "sharing", lambda: 4)
+    monkeypatch.setattr(device.np, "copyto", copyto)
+    tensors = kv_tensors(order, 64)
+    fill(tensors)
+    rng = np.random.default_rng(10)
+    read, write = partial(HostPages, TOKEN_ENCODING), partial(DevicePages, TOKEN_ENCODING)
+    assert complaints(read, write, tensors, rng) == []
+    assert len(threads) == 4
+
+
+def test_a_shared_copy_that_fails_is_over_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "sharing", lambda: 4)
+    lane = device._Lane(torch.device("cpu"))
+    source, target = np.ones((4, 1 << 20), np.uint8), np.zeros((4, 1 << 20), np.uint8)
+    target.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        lane.copy(target, source)
 
 
 @pytest.mark.parametrize(("offset", "content"), [(1, 8), (2, 7), (3, 5), (4, 6)])
@@ -55,12 +93,12 @@ def test_layers_in_storages_of_their_own() -> None:
 
 def test_where_pages_lie_is_told_alike() -> None:
     tensors = kv_tensors("LBHNC", 32, offset=8)
-    host, device = HostPages(TOKEN_ENCODING, tensors), DevicePages(TOKEN_ENCODING, tensors)
+    host, card = HostPages(TOKEN_ENCODING, tensors), DevicePages(TOKEN_ENCODING, tensors)
     ids = [3, 2, 7]
-    want, have = host.addresses(0, 3, ids), device.addresses(0, 3, ids)
+    want, have = host.addresses(0, 3, ids), card.addresses(0, 3, ids)
     assert want is not None
     assert np.array_equal(want, have)
-    (storage,) = device.memory
+    (storage,) = card.memory
     assert storage.data_ptr() == host.memory[0].ctypes.data
     assert storage.numel() == host.memory[0].size
 
