@@ -27,6 +27,8 @@ from tests.support.worker_world import (
     tail,
 )
 
+PIN_MS = 60_000
+
 
 @pytest.fixture
 def link() -> Iterator[FakeLink]:
@@ -94,25 +96,27 @@ def test_layers_that_no_hook_took_are_pushed_after_the_step(link: FakeLink, rank
 
 def test_the_hooks_only_enqueue_even_when_the_hub_hangs(link: FakeLink, rank: Rank) -> None:
     link.opened.gate.clear()
-    began = time.monotonic()
+    taken = []
     for step in range(50):
+        began = time.monotonic()
         rank.bind(saves=[SaveJob(step, (block(step, 4),))])
         for name in NAMES:
             rank.half.layer_saved(name)
         rank.half.step_saved()
-    assert time.monotonic() - began < 0.5
+        taken.append(time.monotonic() - began)
+    assert sorted(taken)[25] < 0.01, "a pause of the machine is none of the hooks'"
 
 
 def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: FakeLink) -> None:
-    rank = Rank(link, pin_ms=50)
+    rank = Rank(link, pin_ms=PIN_MS)
     link.opened.gate.clear()
     rank.bind(saves=[SaveJob(1, (block(1, 4),))])
-    link.turn(0.1)
+    link.turn(2 * PIN_MS / 1e3)
     assert rank.half.take_report() is None, "the step still runs"
     rank.half.step_saved()
-    link.turn()
+    link.turn(0.9 * PIN_MS / 1e3)
     assert rank.half.take_report() is None
-    link.turn(0.08)
+    link.turn(0.2 * PIN_MS / 1e3)
     assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
     assert rank.half.counters["saves_dropped.late"] == 1
     link.opened.gate.set()
@@ -124,7 +128,7 @@ def test_pages_are_let_go_in_time_while_a_hub_that_hangs_is_told_of_the_end(
     link: FakeLink,
 ) -> None:
     """What was reserved is given back at the hub, which may take as long as a call may."""
-    rank = Rank(link, pin_ms=50)
+    rank = Rank(link, pin_ms=PIN_MS)
     rank.bind(saves=[SaveJob(1, (block(1, 4),))])
     link.turn()
     link.opened.gate.clear()
@@ -133,7 +137,7 @@ def test_pages_are_let_go_in_time_while_a_hub_that_hangs_is_told_of_the_end(
     for name in NAMES[1:]:
         rank.half.layer_saved(name)
     rank.half.step_saved()
-    link.turn(0.1)
+    link.turn(1.1 * PIN_MS / 1e3)
     assert rank.half.take_report() == RankReport({1: 1}, lost=[key(1)])
     assert rank.half.counters["saves_dropped.late"] == 1
     rank.kv[1].zero_()  # the pages are another's now

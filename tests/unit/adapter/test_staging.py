@@ -43,8 +43,8 @@ def progress(rank: Rank) -> FetchProgress | None:
     return report.fetched["a"][0] if report is not None and report.fetched else None
 
 
-def load(rank: Rank, link: FakeLink, deadline_s: float = 5.0) -> None:
-    job = LoadJob("a", (block(1, 8), block(2, 12)), deadline_s, fetched=True)
+def load(rank: Rank, link: FakeLink, deadline_s: float = 5.0, **options: float) -> None:
+    job = LoadJob("a", (block(1, 8), block(2, 12)), deadline_s, fetched=True, **options)
     rank.bind(loads=[job])
     rank.half.start_loads()
     link.turn()
@@ -139,8 +139,9 @@ def test_a_corrupt_part_fails_its_block_only(link: FakeLink, rank: Rank) -> None
 def test_a_load_of_a_fetch_ends_at_its_deadline(link: FakeLink, rank: Rank) -> None:
     link.opened.filling = {key(2): 2}
     fetch(rank, link)
-    load(rank, link, deadline_s=0.05)
-    link.turn(0.08)
+    load(rank, link, deadline_s=60.0, stall_s=600.0)
+    assert rank.half.take_received() == set()
+    link.turn(60.1)
     assert rank.half.take_received() == {"a"}
     assert rank.half.take_invalid() == {12, 13, 14, 15}
     assert link.opened.held == 0
@@ -166,12 +167,12 @@ def test_a_landing_in_which_nothing_arrives_ends_before_its_deadline(
 ) -> None:
     link.opened.filling = {key(2): 2}
     fetch(rank, link)
-    job = LoadJob("a", (block(1, 8), block(2, 12)), 60.0, fetched=True, stall_s=0.3)
+    job = LoadJob("a", (block(1, 8), block(2, 12)), 600.0, fetched=True, stall_s=60.0)
     rank.bind(loads=[job])
     rank.half.start_loads()
     link.turn()
     assert rank.half.take_received() == set()
-    link.turn(0.4)
+    link.turn(60.1)
     assert rank.half.take_received() == {"a"}
     assert rank.half.take_invalid() == {12, 13, 14, 15}
     assert link.opened.held == 0

@@ -89,11 +89,11 @@ def test_skipped_pages_are_neither_written_nor_named(link: FakeLink, rank: Rank)
 def test_a_load_ends_at_its_deadline_with_what_did_not_arrive(link: FakeLink, rank: Rank) -> None:
     store(link, rank, 4)
     link.opened.gate.clear()
-    rank.bind(loads=[load(rank, 2, deadline_s=0.05)])
+    rank.bind(loads=[load(rank, 2, deadline_s=60.0, stall_s=600.0)])
     rank.half.start_loads()
-    link.turn(0.02)
+    link.turn(30.0)
     assert rank.half.take_received() == set()
-    link.turn(0.06)
+    link.turn(30.1)
     assert rank.half.take_received() == {"a"}
     assert rank.half.take_invalid() == set(range(8))
     before = rank.cells(range(8))
@@ -108,11 +108,11 @@ def test_a_hub_that_hangs_in_mid_load_ends_it_before_its_deadline(
     """The load holds blocks of the engine; it used to wait for all of `load_deadline_ms`."""
     store(link, rank, 2)
     link.opened.filling = {key(1): 0}
-    rank.bind(loads=[load(rank, 2, deadline_s=60.0, stall_s=0.3)])
+    rank.bind(loads=[load(rank, 2, deadline_s=600.0, stall_s=60.0)])
     rank.half.start_loads()
-    link.turn()
+    link.turn(30.0)
     assert rank.half.take_received() == set()
-    link.turn(0.4)
+    link.turn(30.1)
     assert rank.half.take_received() == {"a"}
     assert rank.half.take_invalid() == {4, 5, 6, 7}, "what has arrived by then is kept"
     (doubt,) = link.doubts
@@ -122,10 +122,10 @@ def test_a_hub_that_hangs_in_mid_load_ends_it_before_its_deadline(
 def test_a_load_that_makes_progress_may_take_its_whole_time(link: FakeLink, rank: Rank) -> None:
     store(link, rank, 4)
     link.opened.filling = {key(number): 0 for number in range(4)}
-    rank.bind(loads=[load(rank, 4, deadline_s=60.0, stall_s=0.6)])
+    rank.bind(loads=[load(rank, 4, deadline_s=600.0, stall_s=60.0)])
     rank.half.start_loads()
     for number in range(4):
-        link.turn(0.25)
+        link.turn(30.0)
         assert rank.half.take_received() == set()
         link.opened.wrote(key(number), LAYERS)
     link.turn()
