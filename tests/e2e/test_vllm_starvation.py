@@ -62,7 +62,7 @@ class Small:
 def small(way: Way, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     path = tmp_path_factory.mktemp("small")
     model = write_model(path / "model", TINY)
-    patient = {"lookup_ms": 2000, "pin_ms": 10_000, "load_deadline_ms": 20_000}
+    patient = {"lookup_ms": 2000, "pin_ms": 10_000, "load_deadline_ms": 40_000}
     with way.serve(path, host_bytes="128MiB") as server:
 
         def config(name: str, role: str) -> dict[str, object]:
@@ -101,7 +101,7 @@ def test_a_hub_that_stops_in_mid_pull_keeps_no_blocks_from_others(small: Small) 
             long, plain = small.engine.finish(call)
         finally:
             small.server.cont()
-    assert plain.total_s < 1.0
+    assert plain.total_s < 3.0, "a load holds its blocks for the four seconds of a standstill"
     assert answer_complaints(plain, alone) == []
     assert answer_complaints(long, small.writer.generate(LONG, tokens=TOKENS)) == []
     pulled = cells(read_events(small.log), "pulled")
@@ -137,5 +137,9 @@ def test_thirty_mixed_requests_drain_and_give_every_block_back(small: Small) -> 
         complaints = answer_complaints(answer, want)
         assert [c for c in complaints if not c.startswith("only ")] == []
     assert len({token for answer in answers for token in answer.tokens}) >= DISTINCT_TOKENS_MIN
-    small.engine.idle(0.2)
-    assert small.engine.free_blocks() == free
+
+    def all_free() -> bool:
+        small.engine.idle(0.2)
+        return small.engine.free_blocks() == free
+
+    wait_for("every block to come back", all_free)
