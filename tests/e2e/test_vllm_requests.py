@@ -309,11 +309,15 @@ def test_y1_asleep_and_awake_nothing_old_is_used(world: World) -> None:
     tokens = prompt(50, 640)
     world.push(tokens, tokens=1)
     world.target.sleep()
-    pushes = len(world.done("target"))
+    before = len(world.events("target"))
     got = world.pull(tokens, tokens=TOKENS)
     assert got.blocks == []
     assert answer_complaints(got.answer, world.expect(tokens, tokens=TOKENS)) == []
-    wait_for("pushes", lambda: len(world.done("target")) > pushes)
+
+    def all_pushed() -> bool:
+        return [e["event"] for e in world.events("target")[before:]].count("pushed") >= 5
+
+    wait_for("pushes", all_pushed)
     wait_for("a reset", world.target.reset_prefix_cache)
     assert len(world.pull(tokens, tokens=TOKENS).blocks) == 5, "its own blocks are found again"
 

@@ -180,7 +180,7 @@ def counted(world: World, pushed: int, pulled: int) -> None:
             counters[f"{chosen}_bytes_in"] >= pushed and counters[f"{chosen}_bytes_out"] >= pulled
         )
 
-    wait_for(f"{pushed} bytes in and {pulled} out over {chosen}", done, 5.0)
+    wait_for(f"{pushed} bytes in and {pulled} out over {chosen}", done)
     stats = world.server.stats()
     (other,) = {"tcp", "nixl"} - {chosen}
     assert [stats.counters.get(f"{other}_bytes_{d}", 0) for d in ("in", "out")] == [0, 0]
