@@ -117,7 +117,11 @@ def test_all_of_them_took_both_legs_and_d_pulled_what_p_computed(
     cluster: Cluster, answers: dict[str, Any]
 ) -> None:
     proxy = cluster.proxy
-    assert (proxy.legs("prefill", "done"), proxy.legs("decode", "done")) == (len(CASES),) * 2
+
+    def both_legs() -> bool:
+        return (proxy.legs("prefill", "done"), proxy.legs("decode", "done")) == (len(CASES),) * 2
+
+    wait_for("two legs a request", both_legs)
     counters = cluster.hub.stats().counters
     assert counters["hits"] >= sum(usage(a)["prompt_tokens"] // BLOCK for a in answers.values())
     for name, answer in answers.items():
