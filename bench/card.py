@@ -1,6 +1,6 @@
 """KV on a CUDA device: how fast pages leave and enter it, and what that costs the engine's thread.
 
-    python -m bench.card [--rounds 15] [--out FILE]
+    python -m bench.card [--rounds 15] [--shm-only] [--out FILE]
 
 The KV is that of a Llama 3.1 8B in bf16: 32 layers, 8 heads, engine blocks of 16 tokens; a block of
 the hub is 128 tokens, 16 MiB. Ways take turns in each round; figures are medians.
@@ -196,16 +196,16 @@ class ByPages(Pushes):
             assert torch.equal(layer[: COUNT * PAGES], sent)
 
 
-async def pushes(rounds: int) -> list[Row]:
+async def pushes(rounds: int, *, nixl: bool) -> list[Row]:
     names = {"shm, through the host": {"transport": "shm"}, "shm, by pages": {"transport": "shm"}}
-    if nixlib.available():
+    if nixl:
         names["nixl, through the host"] = {"transport": "nixl"}
         names["nixl, straight"] = {"transport": "nixl", "direct": True}
     host_bytes = 3 * len(names) * COUNT * BLOCK_BYTES
     found: dict[tuple[str, str], list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as directory,
-        start_server(Path(directory), host_bytes=host_bytes, nixl_enabled="true") as server,
+        start_server(Path(directory), host_bytes=host_bytes, nixl_enabled=nixl) as server,
     ):
         await asyncio.to_thread(wait_resident, server)
         ways = []
@@ -242,11 +242,12 @@ async def pushes(rounds: int) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.card", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shm-only", action="store_true", help="no pushes by NIXL")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     card = torch.cuda.get_device_name()
     rows = pages(options.rounds) + marks(options.rounds)
-    rows += asyncio.run(pushes(options.rounds))
+    rows += asyncio.run(pushes(options.rounds, nixl=nixlib.available() and not options.shm_only))
     result = {"machine": machine.facts(), "card": card, "rows": rows}
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")

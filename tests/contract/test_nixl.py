@@ -8,14 +8,23 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kvclient import AsyncClient, InvalidArgument, KVError, LimitExceeded, Unavailable, Unsupported
+from kvclient import (
+    AsyncClient,
+    InvalidArgument,
+    KVError,
+    LimitExceeded,
+    Unavailable,
+    Unsupported,
+    pushing,
+)
 from kvclient.timing import Deadline
 from kvclient.transfer.nixl import NixlTransfer
-from kvproto import nixlib
+from kvproto import nixlib, wires
 from kvproto.frames import Status
 from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
@@ -132,6 +141,39 @@ async def test_layer_by_layer_and_many_at_once(client: AsyncClient) -> None:
         await check_all(namespace, blocks, keys)
 
     await asyncio.gather(*(one(seed) for seed in range(6)))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_windows_of_a_push_that_run_side_by_side(
+    hub: ServerProcess, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """As they do where there are cores for it."""
+    blocks = fresh(layers=4, heads=2, page_bytes=4096)  # 256 KiB
+    monkeypatch.setattr(pushing, "PUSH_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(wires, "beside", lambda: True)
+    running, most = 0, 0
+
+    async def put(self: NixlTransfer, *args: object) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await whole(self, *args)
+        running -= 1
+
+    whole: Any = NixlTransfer.put
+    monkeypatch.setattr(NixlTransfer, "put", put)
+    async with AsyncClient.connect(hub.address, transport="nixl", direct=direct) as client:
+        namespace = await client.open_namespace(blocks.spec)
+        keys = blocks.chain(1, 40)
+        payloads = blocks.payloads(keys)
+        if direct:
+            await client.register(payloads)
+        for seed in range(3):
+            keys = blocks.chain(seed, 40)
+            payloads[:] = blocks.payloads(keys)
+            assert (await namespace.push(keys, payloads)).written == 40
+            await check_all(namespace, blocks, keys)
+        assert most == 2
 
 
 async def test_a_slice_through_views_and_streams(client: AsyncClient) -> None:

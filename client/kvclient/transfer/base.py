@@ -55,8 +55,7 @@ class Transfer(Protocol):
 
     @property
     def follows(self) -> bool:
-        """Whether a put that is begun while another runs follows it without a gap, and costs it
-        nothing."""
+        """Whether a push may begin a window's put while the one before runs, and gains by it."""
         ...
 
     @property

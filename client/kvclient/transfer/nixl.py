@@ -47,7 +47,7 @@ from kvclient.transfer.cutting import (
 from kvclient.transfer.direct import Addresses, Block, Holds, Memories, Registered
 from kvclient.transfer.ring import Orphan, Ring, orphans
 from kvclient.transfer.settling import SETTLE_S, Rpc, settle
-from kvproto import nixlib
+from kvproto import nixlib, wires
 from kvproto.checksum import grid_checksums
 from kvproto.frames import PERMIT_BYTES, Op, Status
 from kvproto.v1 import kvserver_pb2 as pb
@@ -65,7 +65,6 @@ class NixlTransfer:
     """A Transfer (`kvclient.transfer.base`). Built by `open_nixl`."""
 
     transport = "nixl"
-    follows = False
     mapped = False
 
     def __init__(
@@ -91,6 +90,7 @@ class NixlTransfer:
         self._memories = memories
         self._known: list[Registered] = []  # what the agent knows of them
         self._holds = Holds(memories or Memories())
+        self.follows = wires.beside()  # cores to hash one put while the hub moves another
         self.bytes_moved = [0, 0]  # staged and direct, out and in
 
     @property
