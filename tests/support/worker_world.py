@@ -214,6 +214,8 @@ class FakeLink:
         self.opened = FakeNamespace()
         self.doubts: list[BaseException] = []
         self.greeted: list[bytes] = []
+        self.judging = asyncio.Event()  # cleared: what is verified waits for the copy threads
+        self.judging.set()
 
     def submit(self, work: Coroutine[Any, Any, None]) -> None:
         self.post(self.spawn, work)
@@ -228,6 +230,7 @@ class FakeLink:
         self.greeted += specs
 
     async def verified(self, granted: FakeGranted) -> bool:
+        await self.judging.wait()
         return granted.verify()
 
     async def namespace(self, spec: bytes, deadline_s: float = 5.0) -> FakeNamespace:

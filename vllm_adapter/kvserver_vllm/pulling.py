@@ -147,9 +147,11 @@ class Pulls:
                 async for granted in stream:
                     part.watch.arrived()
                     index = chosen[granted.index]
-                    if await self._take(part, index, stream.region, granted):
-                        part.missing.discard(index)
-                    await granted.release()
+                    try:
+                        if await self._take(part, index, stream.region, granted):
+                            part.missing.discard(index)
+                    finally:
+                        await granted.release()
 
     async def _pull_direct(self, namespace: AsyncNamespace, part: Part) -> list[int]:
         """Pull what goes straight into its pages; the positions of the others."""

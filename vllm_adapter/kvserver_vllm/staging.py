@@ -211,13 +211,16 @@ class Stagings:
                 return
             arrived()
             good, moved, tier = True, 0, 0
-            for start, stop, granted in parts:
-                cells = granted.cells
-                section.pages.scatter(start, stop, block.pages, cells)
-                moved, tier = moved + int(cells.nbytes), int(granted.tier)
-                del cells
-                good = await self._rank.link.verified(granted) and good
-                await granted.release()
+            try:
+                for start, stop, granted in parts:
+                    cells = granted.cells
+                    section.pages.scatter(start, stop, block.pages, cells)
+                    moved, tier = moved + int(cells.nbytes), int(granted.tier)
+                    del cells
+                    good = await self._rank.link.verified(granted) and good
+            finally:
+                for _, _, granted in parts:
+                    await granted.release()
             if good:
                 missing.discard(index)
                 self._rank.count("pulled_bytes", moved)

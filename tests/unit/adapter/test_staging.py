@@ -110,6 +110,20 @@ def test_a_writer_that_is_gone_ends_the_fetch_with_what_is_whole(
     assert link.opened.held == 0
 
 
+def test_a_load_that_is_aborted_while_a_part_is_verified_gives_all_of_the_block_back(
+    link: FakeLink, rank: Rank
+) -> None:
+    fetch(rank, link)
+    link.judging.clear()
+    load(rank, link)
+    assert link.opened.held == 2 * LAYERS
+    rank.bind(aborts=["a"])
+    rank.half.start_loads()
+    link.turn()
+    assert rank.half.take_received() == {"a"}
+    assert link.opened.held == 0
+
+
 def test_a_short_wait_for_a_writer_is_no_short_deadline_for_the_hub(
     link: FakeLink, rank: Rank
 ) -> None:

@@ -165,6 +165,22 @@ def test_an_aborted_load_is_reported_without_failed_blocks(
     assert rank.half.take_report() is None
 
 
+def test_a_load_that_is_aborted_while_a_block_is_verified_gives_it_back(
+    link: FakeLink, rank: Rank
+) -> None:
+    store(link, rank, 1)
+    link.judging.clear()
+    rank.bind(loads=[load(rank, 1)])
+    rank.half.start_loads()
+    link.turn()
+    assert link.opened.held == 1
+    rank.bind(aborts=["a"])
+    rank.half.start_loads()
+    link.turn()
+    assert rank.half.take_received() == {"a"}
+    assert link.opened.held == 0
+
+
 def test_steps_without_orders_do_nothing(link: FakeLink, rank: Rank) -> None:
     rank.half.bind(StepMeta())
     for name in NAMES:
