@@ -57,7 +57,7 @@ from kvserver.transfer.nixl import Ended, Job, NixlAgent
 from kvserver.transfer.permits import Permits
 
 KEY_BYTES = 16
-MOVES_PER_CLIENT_MAX = 32
+MOVES_PER_CLIENT_MAX = 64
 MOVE_BYTES_MAX = 256 << 20
 MOVE_PIECES_MAX = 1 << 16
 BARRED_MAX = 4096  # settled move numbers that are remembered one by one

@@ -31,7 +31,7 @@ from tests.support.server import ServerProcess, start_server
 BLOCKS = Blocks(layers=8, heads=2, page_bytes=8192)  # 1 MiB a block
 Serve = Callable[..., ServerProcess]
 DEADLINE_S = 3.0
-LATE_S = 5.0
+LATE_S = 2.5
 """How late a machine that is busy may see that a call has ended. One that goes by another deadline
 than it was given takes longer."""
 

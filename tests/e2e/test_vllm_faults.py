@@ -58,7 +58,7 @@ class World:
             self.engine.idle(0.1)
             return self.engine.reset_prefix_cache(connector=connector)
 
-        wait_for("a reset of the prefix cache", done)
+        wait_for("a reset of the prefix cache", done, PIN_MS / 1e3 + 2.5)
 
     def pulled(self) -> int:
         return sum(event["event"] == "pulled" for event in read_events(self.log))
@@ -128,9 +128,9 @@ def test_3_a_killed_hub_costs_nothing_but_its_hits(world: World) -> None:
     (got,) = world.engine.finish(call)
     assert len(got.tokens) == 100
     assert got.tokens[:TOKENS] == world.baseline.tokens
-    began = time.monotonic()
-    assert answer_complaints(world.answer(), world.baseline) == []
-    assert time.monotonic() - began < 15
+    again = world.answer()
+    assert answer_complaints(again, world.baseline) == []
+    assert again.ttft_s < LOOKUP_MS / 1e3 + 3.0
 
 
 def test_4_hits_resume_within_five_seconds_of_the_restart(world: World) -> None:

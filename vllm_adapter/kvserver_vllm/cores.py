@@ -51,8 +51,8 @@ def cores_of(setting: str, *, bound: bool) -> frozenset[int] | None:
 
 
 def sharing(cores: Collection[int] | None = None) -> int:
-    """Threads that share a large copy or hash on these cores, by default those that the calling
-    thread may run on: one for every four, and no more than four, for the rest is the engine's."""
+    """Threads of this process that share a large copy or hash on these cores, by default those that
+    the calling thread may run on: one for every four, and no more than four."""
     count = len(os.sched_getaffinity(0) if cores is None else cores)
     return min(max(1, count // CORES_A_THREAD), THREADS_MAX)
 

@@ -228,7 +228,9 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._rooms: list[_Room] = []
         self._threads = sharing()
-        self._others = ThreadPoolExecutor(self._threads, thread_name_prefix="kvserver-pages")
+        self._others = ThreadPoolExecutor(
+            max(1, self._threads - 1), thread_name_prefix="kvserver-pages"
+        )
 
     def copy(self, target: Bytes, source: Bytes) -> None:
         """Of equal shapes, on the host. It has ended when this returns, however that is."""

@@ -39,8 +39,8 @@ STEP_BLOCKS = 24
 """Blocks of one request that a step names, unless somebody waits for them; of all requests that are
 over, together; of all that it does not compute, too."""
 ROOM_MIN = STEP_BLOCKS // 2
-"""With less room than that left a step looks for nothing more to name: vLLM's table of one more
-request costs as much as what would be named of it."""
+"""With less room than that left by a request that had several a step looks for nothing more to
+name: vLLM's table of one more request costs as much as what would be named of it."""
 ORPHAN_SHARE = 20
 """Of the pool's blocks, 1/20 may stay pinned by pushes of requests that are over."""
 ORPHANS_FLOOR = 64
@@ -279,8 +279,9 @@ class Saves:
             if tables is None:
                 continue
             if not tracked.hands_off:
-                room = max(0, room - max(0, full - tracked.saved - own))
-                room = room if room >= ROOM_MIN else 0
+                more = full - tracked.saved - own
+                room = max(0, room - max(0, more))
+                room = 0 if more > 1 and room < ROOM_MIN else room
             completed = []
             if full > tracked.saved:
                 completed.append(common.run(tracked, range(tracked.saved, full), tables))

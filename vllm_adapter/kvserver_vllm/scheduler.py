@@ -194,7 +194,7 @@ class SchedulerHalf:
                 request = tracked.request
                 left = request.num_prompt_tokens - request.num_computed_tokens
                 if left > 0:
-                    tokens += min(scheduled, left)
+                    tokens += min(scheduled, left) if scheduled > 1 else 0
                     if log.on:
                         log.write("scheduled", request=request_id, tokens=scheduled, left=left)
         return tokens

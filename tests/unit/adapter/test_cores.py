@@ -75,7 +75,6 @@ def test_cores_that_are_not_there_are_refused() -> None:
     assert sorted(os.sched_getaffinity(0)) == MINE
 
 
-@two_cores
 @pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (128, 4)])
 def test_one_of_four_cores_shares_a_copy(
     monkeypatch: pytest.MonkeyPatch, count: int, threads: int
@@ -85,6 +84,7 @@ def test_one_of_four_cores_shares_a_copy(
     assert sharing(range(16)) == 4
 
 
+@two_cores
 def test_the_links_thread_runs_where_it_is_told() -> None:
     found: list[set[int]] = []
     done = threading.Event()

@@ -60,7 +60,7 @@ def test_copies_that_several_threads_share(order: str, monkeypatch: pytest.Monke
     rng = np.random.default_rng(10)
     read, write = partial(HostPages, TOKEN_ENCODING), partial(DevicePages, TOKEN_ENCODING)
     assert complaints(read, write, tensors, rng) == []
-    assert len(threads) == 4
+    assert 1 < len(threads) <= 4
 
 
 def test_a_shared_copy_that_fails_is_over_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_the_hooks_only_enqueue_even_when_the_hub_hangs(link: FakeLink, rank: Ra
             rank.half.layer_saved(name)
         rank.half.step_saved()
         taken.append(time.monotonic() - began)
-    assert sorted(taken)[25] < 0.01, "a pause of the machine is none of the hooks'"
+    assert sorted(taken)[40] < 0.01, "a pause of the machine is none of the hooks'"
 
 
 def test_pages_are_let_go_pin_ms_after_the_step_whatever_the_hub_does(link: FakeLink) -> None:

@@ -286,6 +286,19 @@ def test_what_a_request_leaves_stays_announced_until_it_is_named() -> None:
     assert world.match(other) == (STEP_BLOCKS * BLOCK, True), "it does not wait for its own"
 
 
+def test_blocks_that_many_decode_to_their_ends_are_all_named_by_that_step() -> None:
+    """One each: a step that has named half of what it may goes on as long as they are single."""
+    world = World(blocks=2400)
+    requests = [FakeRequest(f"r{n}", BLOCK, seed=n) for n in range(STEP_BLOCKS)]
+    for request in requests:
+        world.new(request, usable=0)
+        world.alloc(request)
+        request.num_computed_tokens = BLOCK - 1
+    jobs = world.step(**dict.fromkeys((request.request_id for request in requests), 1)).saves
+    named = [block.hash for job in jobs for block in job.blocks]
+    assert named == [request.hashes()[0] for request in requests]
+
+
 def test_a_request_that_no_step_came_to_look_at_leaves_what_it_computed() -> None:
     world = World(blocks=2400)
     requests = [FakeRequest(f"r{n}", STEP_BLOCKS * BLOCK, seed=n) for n in range(2)]
