@@ -28,9 +28,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 TOKENS = 12
 LONG = 900
 WHOLE = LONG // BLOCK * BLOCK
-SLOW_S, SLOW_SHARE, SLOW_S_MAX = 1.0, 3, 4.0
+SLOW_S, SLOW_SHARE, SLOW_S_MAX = 1.0, 8, 4.0
 """A slow hub answers after so many times what computing the prompt takes here, and within these:
-calls that nobody waits for give up after 5 s."""
+calls that nobody waits for give up after 5 s. The mean of one slow load and the quick ones before
+has to be well above what computing takes, which a busy machine doubles."""
 TRIES = 5
 """Slow loads that may pass until they outweigh the quick ones before."""
 PATIENCE = {**PATIENT, "lookup_ms": 60_000, "load_deadline_ms": 300_000}
