@@ -20,7 +20,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("proto", "kvproto")
-SOURCES = ("cells.c", "wires.c")
+SOURCES = ("cells.c", "wires.c", "bell.c")
 LIBRARY = FOLDER / "_cells.so"
 FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread"]
 COMPILERS = ("cc", "gcc", "clang")

@@ -196,7 +196,7 @@ def measure_scheduler(room: Room, *, quick: bool) -> dict[str, Any]:
     kind that a p99 is no maximum: prompts loaded whole, one by one, and crowds of prompts that the
     engine has itself, all but the last token, whose lookups are in flight together. A hub that
     answers after 2 s stands still for so long when a crowd comes."""
-    blocks, hits, crowds, late_crowds, each = (15, 3, 1, 1, 4) if quick else (63, 40, 4, 7, 16)
+    blocks, hits, crowds, late_crowds, each = (15, 3, 1, 1, 4) if quick else (63, 40, 4, 12, 16)
     hub = room.hub(host_bytes="3GiB")
     engine = room.engine(
         hub,

@@ -32,7 +32,7 @@ Bytes = npt.NDArray[np.uint8]
 Checksums = npt.NDArray[np.uint64]
 
 LIBRARY = Path(__file__).with_name("_cells.so")
-INTERFACE = 3  # kv_cells_interface(): what stands beside older Python code is not used
+INTERFACE = 4  # kv_cells_interface(): what stands beside older Python code is not used
 ROW_BYTES_MIN = 241  # xxh3 has other ways for shorter inputs, which native code lacks
 STREAM_BYTES_MIN = 512 << 10
 
@@ -71,6 +71,12 @@ class Library:
             number, *grid, pointer, word, pointer, word, size, size, number, pointer, pointer,
             number,
         ]  # fmt: skip
+        # Of bell.c.
+        small = ctypes.c_uint32
+        loaded.kv_bell_start.argtypes = [number, small, small, small, small]
+        loaded.kv_bell_start.restype = pointer
+        for function in (loaded.kv_bell_heard, loaded.kv_bell_stop):
+            function.argtypes, function.restype = [pointer], None
         self.loaded = loaded
 
     def hash(self, rows: Bytes, sums: Checksums) -> None:
@@ -114,7 +120,8 @@ NATIVE = _library is not None
 
 
 def native() -> ctypes.CDLL | None:
-    """What was loaded, for modules with functions of their own in it (`kvproto.wires`)."""
+    """What was loaded, for modules with functions of their own in it (`kvproto.wires`,
+    `kvproto.bell`)."""
     return None if _library is None else _library.loaded
 
 

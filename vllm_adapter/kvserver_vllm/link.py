@@ -9,11 +9,9 @@ waits for it.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +32,7 @@ from kvclient import (
 )
 from kvclient.copying import THREADS
 from kvproto import cells
+from kvproto.bell import Bell
 from kvproto.namespace import NamespaceSpec
 from kvproto.needs import usable_prefix
 from kvserver_vllm.common import Answer
@@ -51,11 +50,6 @@ REGISTER_S = 60.0
 CALL_S = 5.0
 """Deadline of calls that nobody waits for."""
 STOP_S = 2.0
-
-_ring = ctypes.PyDLL(None).eventfd_write
-"""Keeps the interpreter's lock, unlike `os.eventfd_write`: the thread that is woken would take it,
-and whoever rang would wait until that has hashed a prompt. Does not block: the bell does not."""
-_ring.argtypes, _ring.restype = [ctypes.c_int, ctypes.c_uint64], ctypes.c_int
 
 _links: dict[tuple[str, str], HubLink] = {}
 _links_lock = threading.Lock()
@@ -90,9 +84,8 @@ class HubLink:
         self._ordered: tuple[Role, Callable[[Role], None]] | None = None  # not followed yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._posts: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell = Bell()
         self._rung = self._stopped = False
-        weakref.finalize(self, os.close, self._bell).atexit = False
         self._wake = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="kvserver-link", daemon=True)
@@ -182,20 +175,19 @@ class HubLink:
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Call this on the link's thread, in the order of the posts; dropped once stopped.
 
-        The engine's thread posts within its steps. Half the time of asyncio's own way, and while
-        the bell has been rung and not been answered no system call at all. It is not held up by
-        what the link's thread has to do then.
+        The engine's thread posts within its steps. It wakes nobody, and is not held up by what the
+        link's thread has to do then; that hears of it within a millisecond (`kvproto.bell`).
         """
         self._posts.append((function, args))
         if self._stopped:
             self._discard()
         elif not self._rung:
             self._rung = True
-            _ring(self._bell, 1)
+            self._bell.ring()
 
     def _answer(self) -> None:
         """The bell was rung. Who posts from here on rings again: nothing is left lying."""
-        os.eventfd_read(self._bell)
+        self._bell.heard()
         self._rung = False
         while self._posts:
             function, args = self._posts.popleft()
@@ -360,7 +352,8 @@ class HubLink:
             with suppress(OSError):  # taken from the engine meanwhile: stay where it is
                 os.sched_setaffinity(0, self._cores)
         asyncio.set_event_loop(self._loop)
-        self._loop.add_reader(self._bell, self._answer)
+        self._loop.add_reader(self._bell.fileno(), self._answer)
+        self._bell.watch()
         keeper = self._loop.create_task(self._keep())
         try:
             self._loop.run_forever()
@@ -370,6 +363,7 @@ class HubLink:
             with suppress(Exception):
                 self._loop.run_until_complete(asyncio.wait_for(self._finish(keeper), STOP_S))
             self._loop.close()
+            self._bell.stop()
 
     async def _finish(self, keeper: asyncio.Task[None]) -> None:
         tasks = [keeper, *self._tasks]

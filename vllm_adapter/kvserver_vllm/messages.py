@@ -154,14 +154,14 @@ class StepMeta(KVConnectorMetadata):  # type: ignore[misc]
     """The orders of one step. `sections` stand in every step with orders."""
 
     sections: tuple[Section, ...] = ()
-    saves: list[SaveJob] = field(default_factory=list)
-    loads: list[LoadJob] = field(default_factory=list)
-    fetches: list[FetchJob] = field(default_factory=list)
-    drops: list[str] = field(default_factory=list)
+    saves: Sequence[SaveJob] = ()
+    loads: Sequence[LoadJob] = ()
+    fetches: Sequence[FetchJob] = ()
+    drops: Sequence[str] = ()
     """Requests whose fetch is no longer wanted."""
-    aborts: list[str] = field(default_factory=list)
+    aborts: Sequence[str] = ()
     """Requests whose load is no longer wanted; they are reported all the same."""
-    voids: list[str] = field(default_factory=list)
+    voids: Sequence[str] = ()
     """Requests whose load is of a namespace that was left: none of its blocks may be used."""
 
 

@@ -210,17 +210,18 @@ class Saves:
             for tracked in requests.values():
                 self._withdraw(tracked)
 
-    def orders(self, output: Any, requests: dict[str, Tracked]) -> list[SaveJob]:
+    def orders(self, output: Any, requests: dict[str, Tracked]) -> Sequence[SaveJob]:
         """Jobs for what this step completes; their pages are pinned from here on."""
         if not self._common.saves:
             self._take_back(requests)
-        jobs: list[SaveJob] = []
+        jobs: Sequence[SaveJob] = ()
         if output.num_scheduled_tokens and self._on:
             runs = self._runs(output, requests)
             if runs:
                 jobs = self._jobs(runs)
         if self._ended:
-            jobs += self._of_ended(max(0, STEP_BLOCKS - sum(len(job.blocks) for job in jobs)))
+            named = sum(len(job.blocks) for job in jobs)
+            jobs = [*jobs, *self._of_ended(max(0, STEP_BLOCKS - named))]
         return jobs
 
     @property

@@ -39,7 +39,8 @@ def test_a_prefix_that_is_being_written_is_fetched_without_blocks(world: World) 
     (job,) = world.step().fetches
     assert list(job.hashes) == request.hashes(tail=True)
     assert job.tokens == (BLOCK,) * 7 + (900 - 7 * BLOCK,)
-    assert (world.tables, world.step().fetches) == ({}, [])
+    assert not world.tables
+    assert not world.step().fetches
     for cells in range(1, 20):
         world.now += 0.5
         world.report(fetched={"d": FetchProgress(whole=cells // 4, cells=cells)})
@@ -49,7 +50,8 @@ def test_a_prefix_that_is_being_written_is_fetched_without_blocks(world: World) 
     world.alloc(request, 900)
     meta = world.step()
     (load,) = meta.loads
-    assert (load.fetched, meta.drops) == (True, [])
+    assert load.fetched
+    assert not meta.drops
     assert [block.hash for block in load.blocks] == request.hashes(tail=True)
     assert len(world.hub.lookups) == 1, "the hub is not asked again meanwhile"
     assert world.half.tiers_of(request) == {2: 900}
@@ -234,7 +236,7 @@ def test_an_aborted_request_gives_its_fetch_up_and_followers_go_on(world: World)
     follower = world.new(FakeRequest("e", 900))
     world.hub.answer(2, live=7)
     assert world.match(follower) == (None, False)
-    assert world.step().fetches == [], "one fetch per prefix"
+    assert not world.step().fetches, "one fetch per prefix"
     world.half.finished(request, whole=False)
     world.hub.turn()
     world.now += 0.1

@@ -45,9 +45,9 @@ def test_a_load_names_the_pages_of_its_own_blocks_once(world: World) -> None:
     assert (job.request, meta.sections) == ("a", SECTIONS)
     assert [block.hash for block in job.blocks] == request.hashes()
     assert [page for block in job.blocks for page in block.pages] == world.tables["a"][:8]
-    assert world.step().loads == []
+    assert not world.step().loads
     world.alloc(request, 0)
-    assert world.step().loads == []
+    assert not world.step().loads
 
 
 def test_vllm_may_take_less_than_it_is_offered(world: World) -> None:
@@ -124,7 +124,7 @@ def test_loaded_blocks_are_not_pushed_back(world: World) -> None:
     start_load(world, request)
     world.report(received={"a"})
     request.num_computed_tokens = 896
-    assert world.step(a=4).saves == []
+    assert not world.step(a=4).saves
 
 
 def test_a_key_that_failed_is_avoided_for_a_moment_by_others(world: World) -> None:
@@ -145,7 +145,7 @@ def test_equal_prefixes_load_once_and_followers_wait_for_the_leader(world: World
     assert [world.match(f) for f in followers] == [(None, False)] * 3
     world.report(received={"a"})
     assert [world.match(f, 896) for f in followers] == [(0, False)] * 3
-    assert world.step().loads == []
+    assert not world.step().loads
 
 
 def test_followers_load_for_themselves_without_prefix_caching() -> None:
@@ -290,7 +290,7 @@ def test_while_the_hub_is_away_nothing_is_pinned_and_later_steps_make_up_for_it(
     request = world.new(FakeRequest("a", 300), usable=0)
     table = world.alloc(request)
     world.hub.responsive = False
-    assert world.step(a=256).saves == []
+    assert not world.step(a=256).saves
     assert world.pinned(table) == []
     request.num_computed_tokens = 256
     world.hub.responsive = True
@@ -312,7 +312,7 @@ def test_decoded_blocks_are_saved_without_rejected_drafts(world: World) -> None:
     request.num_computed_tokens = 250
     request.all_token_ids += [1, 2, 3, 4]
     # Eight positions are scheduled, of which four are drafts that may be rejected.
-    assert world.step(a=8).saves == []
+    assert not world.step(a=8).saves
     request.num_computed_tokens = 254
     request.all_token_ids += [5, 6]
     (job,) = world.step(a=2).saves
@@ -353,7 +353,7 @@ def test_one_block_is_saved_once_at_a_time(world: World) -> None:
     assert len(job.blocks) == 2
     third = world.new(FakeRequest("c", 300), usable=0)
     world.alloc(third)
-    assert world.step(c=300).saves == []
+    assert not world.step(c=300).saves
 
 
 def test_a_consumer_saves_and_announces_nothing() -> None:
@@ -361,7 +361,7 @@ def test_a_consumer_saves_and_announces_nothing() -> None:
     request = world.new(FakeRequest("a", 300), usable=0)
     world.match(request)
     world.alloc(request)
-    assert world.step(a=300).saves == []
+    assert not world.step(a=300).saves
     assert world.hub.announced == []
 
 
@@ -380,7 +380,7 @@ def test_after_a_reset_requests_at_hand_are_neither_saved_nor_loaded(world: Worl
     world.half.forget()
     assert world.match(request) == (0, False)
     world.half.open(SECTIONS, PAGE, tails=True)
-    assert world.step(a=300).saves == []
+    assert not world.step(a=300).saves
 
 
 def test_the_engines_output_is_only_read(world: World) -> None:
@@ -395,4 +395,4 @@ def test_loads_on_their_way_are_void_after_a_reset(world: World) -> None:
     start_load(world, world.new(FakeRequest("a", 300), usable=2))
     world.half.forget()
     assert world.step().voids == ["a"]
-    assert world.step().voids == []
+    assert not world.step().voids

@@ -31,7 +31,7 @@ def test_pushes_stop_what_was_announced_is_taken_back_and_pins_go(world: World) 
     assert len(job.blocks) == 2
     request.num_computed_tokens = 256
     world.half.obey(loads=True, saves=False)
-    assert world.step(a=200).saves == []
+    assert not world.step(a=200).saves
     world.hub.turn()
     assert world.hub.withdrawn == [request.hashes()[2:]]
     assert world.pinned(table), "the push that was ordered goes on"
@@ -45,7 +45,7 @@ def test_a_request_in_flight_is_pushed_on_when_producing_resumes(world: World) -
     world.match(request)
     world.alloc(request)
     world.half.obey(loads=True, saves=False)
-    assert world.step(a=256).saves == []
+    assert not world.step(a=256).saves
     request.num_computed_tokens = 256
     world.half.obey(loads=True, saves=True)
     (job,) = world.step(a=200).saves

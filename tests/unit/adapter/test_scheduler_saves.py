@@ -49,7 +49,7 @@ def test_a_step_names_so_many_blocks_of_a_request_and_the_next_ones_the_rest() -
     (second,), (third,) = world.step(a=1).saves, world.step(a=0).saves
     assert [block.hash for block in second.blocks] == request.hashes()[STEP_BLOCKS:-5]
     assert [block.hash for block in third.blocks] == request.hashes()[-5:]
-    assert world.step(a=0).saves == []
+    assert not world.step(a=0).saves
 
 
 def test_a_step_names_so_many_blocks_of_all_requests_that_the_engine_had_itself() -> None:
@@ -127,7 +127,7 @@ def test_what_a_request_leaves_when_it_ends_is_named_by_the_next_steps() -> None
         assert taken(world) == 4 * (STEP_BLOCKS + 5), "named or not, until they are pushed"
     assert [block.hash for block in named] == left
     assert [page for block in named for page in block.pages] == table[4 * STEP_BLOCKS :]
-    assert world.step().saves == []
+    assert not world.step().saves
     assert world.hub.withdrawn == []
     world.report(saved={2: 1, 3: 1})
     assert taken(world) == 0
@@ -323,7 +323,7 @@ def test_a_request_that_was_preempted_when_it_ended_leaves_nothing() -> None:
     world.report(saved={1: 1})
     world.pool.free_blocks([world.pool.blocks[b] for b in reversed(world.tables["a"])])
     world.half.finished(request, whole=True, tables=[[]])
-    assert world.step().saves == []
+    assert not world.step().saves
     assert world.hub.withdrawn == [request.hashes()[STEP_BLOCKS:]]
     assert taken(world) == 0
     assert not world.half.has_pending_work
@@ -374,7 +374,7 @@ def test_what_a_request_leaves_is_dropped_where_others_have_left_too_much() -> N
     world.half.finished(over, whole=True)
     assert "saves_dropped.pins" not in world.half.counters
     world.half.finished(request, whole=True, tables=[world.tables["a"]])
-    assert world.step().saves == []
+    assert not world.step().saves
     assert world.half.counters["saves_dropped.pins"] == 1
 
 
@@ -384,7 +384,7 @@ def test_what_a_request_leaves_is_let_go_of_with_the_namespace() -> None:
     end(world, request)
     assert len(world.step().saves) == 1
     world.half.forget()
-    assert world.step().saves == []
+    assert not world.step().saves
     world.report(saved={1: 1, 2: 1})
     assert taken(world) == 0
     assert not world.half.has_pending_work
@@ -394,7 +394,7 @@ def test_of_an_aborted_request_nothing_more_is_named() -> None:
     world = World(blocks=400)
     request = long_prompt(world)
     world.half.finished(request, whole=False, tables=[world.tables["a"]])
-    assert world.step().saves == []
+    assert not world.step().saves
     assert world.hub.withdrawn == [request.hashes()[STEP_BLOCKS:]]
 
 
@@ -423,10 +423,10 @@ def test_a_save_that_is_put_off_step_by_step_is_dropped_once_or_not_at_all() -> 
     late = world.new(FakeRequest("late", 300, seed=9), usable=0)
     for request in (lost, late):
         world.alloc(request)
-    assert world.step(lost=128, late=128).saves == []
+    assert not world.step(lost=128, late=128).saves
     for request in (lost, late):
         request.num_computed_tokens = 128
-    assert world.step(lost=172, late=172).saves == []
+    assert not world.step(lost=172, late=172).saves
     world.half.finished(lost, whole=True)
     assert world.half.counters["saves_dropped.pins"] == 1
     world.report(saved={job.job: 1 for job in over})

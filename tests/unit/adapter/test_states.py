@@ -158,7 +158,7 @@ def test_others_than_hand_offs_save_nothing(world: World) -> None:
     request = world.new(FakeRequest("a", 3 * BLOCK), usable=0)
     tables = tables_of(world, request)
     world.half.after_alloc(request, tables, 0)
-    assert step(world, request, tables, 3 * BLOCK) == []
+    assert not step(world, request, tables, 3 * BLOCK)
     world.hub.turn()
     assert world.hub.announced == []
 
