@@ -8,6 +8,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def heard(bell: Bell, within_s: float) -> bool:
 def watchers() -> list[int]:
     found = []
     for comm in Path("/proc/self/task").glob("*/comm"):
-        if comm.read_text() == "kvserver-bell\n":
-            found.append(int(comm.parent.name))
+        with suppress(OSError):  # a thread of somebody else that has just ended
+            if comm.read_text() == "kvserver-bell\n":
+                found.append(int(comm.parent.name))
     return found
 
 
@@ -62,6 +64,17 @@ def test_a_ring_is_heard_once_whenever_it_came(native: bool) -> None:
     bell.ring()
     assert heard(bell, LONG_S), "rung when nobody looks any more"
     bell.stop()
+
+
+def ended(before: set[int]) -> bool:
+    """Whether those that came since are gone. The kernel lists a thread for a moment after it has
+    been joined."""
+    deadline = time.monotonic() + LONG_S
+    while set(watchers()) - before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 @pytest.mark.parametrize(
@@ -106,48 +119,29 @@ def test_no_ring_is_lost_however_many_ring(native: bool, how: Watch) -> None:
 
 @pytest.mark.skipif(not cells.NATIVE, reason="no C compiler on this machine")
 def test_ringing_is_a_store_and_the_look_comes_later() -> None:
-    bell = Bell(Watch(tick_s=0.2, idle_tick_s=0.2))
+    bell = Bell(Watch(tick_s=1.0, idle_s=100.0))
     bell.watch()
     time.sleep(0.05)  # within the first wait
-    began = time.monotonic()
     bell.ring()
-    at_once = heard(bell, 0)
-    assert not at_once or time.monotonic() - began > 0.1, "ringing wrote the eventfd"
-    assert at_once or heard(bell, LONG_S)
+    assert not heard(bell, 0), "ringing wrote the eventfd"
+    assert heard(bell, LONG_S)
     bell.stop()
 
 
 @pytest.mark.skipif(not cells.NATIVE, reason="no C compiler on this machine")
 def test_its_thread_falls_asleep_and_is_woken_by_who_hears() -> None:
-    before = set(watchers())
-    bell = Bell(Watch(tick_s=1e-3, idle_s=2e-3, idle_tick_s=1e-3, asleep_s=2e-3))
+    bell = Bell(Watch(tick_s=1e-3, idle_s=2e-3, idle_tick_s=10e-3, asleep_s=1.0))
     bell.watch()
-    (thread,) = set(watchers()) - before
-
-    def switches() -> int:
-        status = Path(f"/proc/self/task/{thread}/status").read_text()
-        return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
-
-    def asleep() -> bool:
-        before = switches()
-        time.sleep(0.05)
-        return switches() == before
-
-    for _ in range(3):
+    for _ in range(2):
         deadline = time.monotonic() + LONG_S
-        while not asleep():
+        while not bell._asleep.value:
             assert time.monotonic() < deadline, "it goes on looking"
-        before = switches()
-        bell.ring()
-        assert select.select([bell.fileno()], [], [], 0)[0], (
-            "who rings a sleeper writes the eventfd"
-        )
-        assert switches() == before
-        bell.heard()
-        deadline = time.monotonic() + LONG_S
-        while switches() == before:
-            assert time.monotonic() < deadline, "nobody woke it"
             time.sleep(0.001)
+        bell.ring()
+        assert heard(bell, 0), "who rings a sleeper writes the eventfd"
+        assert not bell._asleep.value, "it was not woken"
+        bell.ring()
+        assert heard(bell, LONG_S), "it does not look"
     bell.stop()
 
 
@@ -168,7 +162,7 @@ def test_its_thread_runs_where_its_starter_may_and_ends_with_it() -> None:
     assert len(found) == 1
     assert os.sched_getaffinity(found[0]) == cores
     bell.stop()
-    assert not set(watchers()) - before
+    assert ended(before)
 
 
 @pytest.mark.skipif(not cells.NATIVE, reason="no C compiler on this machine")
@@ -180,6 +174,6 @@ def test_a_bell_that_is_forgotten_leaves_nothing() -> None:
     assert len(set(watchers()) - before) == 1
     del bell
     gc.collect()
-    assert not set(watchers()) - before
+    assert ended(before)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
