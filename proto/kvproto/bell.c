@@ -32,7 +32,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { STACK_BYTES = 64 << 10 };
+enum { STACK_BYTES = 256 << 10 };
 
 struct bell {
     _Atomic uint32_t rung, asleep; /* in this order, for bell.py */

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from kvclient import Client
-from tests.support.engines import PATIENT, Engine, Generated, hub_config, read_events
+from tests.support.engines import (
+    PATIENT,
+    Engine,
+    EngineError,
+    Generated,
+    hub_config,
+    read_events,
+)
 from tests.support.kv_oracle import (
     altered,
     answer_complaints,
@@ -73,6 +80,18 @@ def hand_off(engine: Engine, log: Path, prompts: list[list[int]], *, attention: 
     wait_for("pushes", done)
 
 
+def answers_of_a_lone_engine(model: Path, options: dict[str, Any]) -> dict[int, Generated]:
+    """vLLM 0.31 computes Mamba's convolution in bfloat16 only where the processor can: on those
+    (AVX512_BF16) it does not start in fp32, with a hub or without."""
+    try:
+        with Engine.start(model, **options) as lone:
+            return {length: lone.generate(p, tokens=TOKENS) for length, p in PROMPTS.items()}
+    except EngineError as error:
+        if "causal_conv1d" in str(error) and "not implemented for 'Float'" in str(error):
+            pytest.skip("this vLLM has no convolution in fp32 on this processor")
+        raise
+
+
 @pytest.mark.parametrize("name", ["granite4", "mamba2", "falconh1"])
 def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
     name: str, tmp_path: Path
@@ -80,8 +99,7 @@ def test_a_decode_engine_goes_on_from_the_state_before_the_last_token(
     family = FAMILIES[name]
     model = write_family(tmp_path / "model", name)
     log, decode_log = tmp_path / "p.jsonl", tmp_path / "d.jsonl"
-    with Engine.start(model, **family.options) as lone:
-        want = {length: lone.generate(p, tokens=TOKENS) for length, p in PROMPTS.items()}
+    want = answers_of_a_lone_engine(model, family.options)
     with start_server(tmp_path, host_bytes="128MiB", tail_ttl_ms=TAIL_TTL_MS) as server:
         config = hub_config(server.address, event_log=log, **PATIENT)
         with Engine.start(model, config=config, **family.options) as engine:
