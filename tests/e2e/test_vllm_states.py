@@ -81,8 +81,8 @@ def hand_off(engine: Engine, log: Path, prompts: list[list[int]], *, attention: 
 
 
 def answers_of_a_lone_engine(model: Path, options: dict[str, Any]) -> dict[int, Generated]:
-    """vLLM 0.31 computes Mamba's convolution in bfloat16 only where the processor can: on those
-    (AVX512_BF16) it does not start in fp32, with a hub or without."""
+    """On some processors (seen on one with AVX512_BF16, and not on another EPYC) vLLM 0.31 has
+    Mamba's convolution in bfloat16 only, and does not start in fp32, with a hub or without."""
     try:
         with Engine.start(model, **options) as lone:
             return {length: lone.generate(p, tokens=TOKENS) for length, p in PROMPTS.items()}

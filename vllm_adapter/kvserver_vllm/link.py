@@ -176,7 +176,7 @@ class HubLink:
         """Call this on the link's thread, in the order of the posts; dropped once stopped.
 
         The engine's thread posts within its steps. It wakes nobody, and is not held up by what the
-        link's thread has to do then; that hears of it within a millisecond (`kvproto.bell`).
+        link's thread has to do then; that hears of it within milliseconds (`kvproto.bell`).
         """
         self._posts.append((function, args))
         if self._stopped:
