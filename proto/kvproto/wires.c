@@ -32,6 +32,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -96,6 +97,7 @@ typedef struct {
 
 static void *hash_beside(void *argument) {
     hashing *work = argument;
+    prctl(PR_SET_NAME, "kvserver-hash");
     for (;;) {
         pthread_mutex_lock(&work->lock);
         while (work->hashed == work->ready && !work->over)

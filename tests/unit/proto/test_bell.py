@@ -8,13 +8,12 @@ import select
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from kvproto import cells
 from kvproto.bell import Bell, Watch
+from tests.support.threads import none_left, threads_named
 
 LONG_S = 20.0
 
@@ -35,13 +34,8 @@ def heard(bell: Bell, within_s: float) -> bool:
     return bool(ready)
 
 
-def watchers() -> list[int]:
-    found = []
-    for comm in Path("/proc/self/task").glob("*/comm"):
-        with suppress(OSError):  # a thread of somebody else that has just ended
-            if comm.read_text() == "kvserver-bell\n":
-                found.append(int(comm.parent.name))
-    return found
+def watchers() -> set[int]:
+    return threads_named("kvserver-bell")
 
 
 def test_a_ring_is_heard_once_whenever_it_came(native: bool) -> None:
@@ -64,17 +58,6 @@ def test_a_ring_is_heard_once_whenever_it_came(native: bool) -> None:
     bell.ring()
     assert heard(bell, LONG_S), "rung when nobody looks any more"
     bell.stop()
-
-
-def ended(before: set[int]) -> bool:
-    """Whether those that came since are gone. The kernel lists a thread for a moment after it has
-    been joined."""
-    deadline = time.monotonic() + LONG_S
-    while set(watchers()) - before:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 @pytest.mark.parametrize(
@@ -147,7 +130,7 @@ def test_its_thread_falls_asleep_and_is_woken_by_who_hears() -> None:
 
 @pytest.mark.skipif(not cells.NATIVE, reason="no C compiler on this machine")
 def test_its_thread_runs_where_its_starter_may_and_ends_with_it() -> None:
-    before, cores, found = set(watchers()), {min(os.sched_getaffinity(0))}, []
+    before, cores = watchers(), {min(os.sched_getaffinity(0))}
     bell = Bell()
 
     def start() -> None:
@@ -158,22 +141,21 @@ def test_its_thread_runs_where_its_starter_may_and_ends_with_it() -> None:
     starter = threading.Thread(target=start)
     starter.start()
     starter.join()
-    found = [task for task in watchers() if task not in before]
-    assert len(found) == 1
-    assert os.sched_getaffinity(found[0]) == cores
+    (found,) = watchers() - before
+    assert os.sched_getaffinity(found) == cores
     bell.stop()
-    assert ended(before)
+    assert none_left("kvserver-bell", but=before)
 
 
 @pytest.mark.skipif(not cells.NATIVE, reason="no C compiler on this machine")
 def test_a_bell_that_is_forgotten_leaves_nothing() -> None:
-    before = set(watchers())
+    before = watchers()
     bell = Bell()
     bell.watch()
     fd = bell.fileno()
-    assert len(set(watchers()) - before) == 1
+    assert len(watchers() - before) == 1
     del bell
     gc.collect()
-    assert ended(before)
+    assert none_left("kvserver-bell", but=before)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)

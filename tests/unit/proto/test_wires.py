@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
 import struct
 import threading
@@ -20,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from kvproto import cells, wires
 from kvproto.cells import ROW_BYTES_MIN
 from kvproto.wires import Arrival, Came, Guard
+from tests.support.threads import none_left, threads_named
 
 pytestmark = pytest.mark.skipif(
     not cells.NATIVE, reason="no native code: no C compiler, or KVSERVER_NATIVE=0"
@@ -139,7 +139,6 @@ def test_nothing_lands_once_a_word_of_the_guard_is_another_one(word: int, apart:
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_silent_peer_and_one_that_hangs_up(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wires, "_apart", lambda asked, left: int(apart))
-    threads = len(os.listdir("/proc/self/task"))
     grid, sums = np.zeros((2, 2, 1000), np.uint8), np.zeros(4, np.uint64)
     with linked(0.05) as (one, other):
         one.sendall(bytes(1500))
@@ -154,13 +153,24 @@ def test_a_silent_peer_and_one_that_hangs_up(apart: bool, monkeypatch: pytest.Mo
                 other.fileno(), arrival, more_bytes=1, wait_s=1, low=ctypes.c_int(1)
             )
     much = np.zeros((64, 1, 1 << 20), np.uint8)
-    with linked(0.05) as (one, _), pytest.raises(BlockingIOError):
-        wires.send(one.fileno(), HEAD, much, np.zeros(64, np.uint64))
+    seen, done = set(), threading.Event()
+
+    def give_up() -> None:
+        try:
+            with pytest.raises(BlockingIOError):
+                wires.send(one.fileno(), HEAD, much, np.zeros(64, np.uint64))
+        finally:
+            done.set()
+
+    with linked(0.5) as (one, _), beside(give_up):
+        while not done.wait(0.001):
+            seen |= threads_named("kvserver-hash")
+    assert len(seen) == apart
     with linked() as (one, other):
         other.close()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             wires.send(one.fileno(), HEAD, much, np.zeros(64, np.uint64))
-    assert len(os.listdir("/proc/self/task")) <= threads
+    assert none_left("kvserver-hash")
 
 
 @pytest.mark.parametrize("apart", [False, True])
