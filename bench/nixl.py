@@ -47,7 +47,7 @@ from kvproto.checksum import grid_checksums
 from kvproto.frames import Op
 from kvproto.nixlib import Agent, Memory, State
 from kvproto.v1 import kvserver_pb2 as pb
-from kvserver.transfer.posts import POST_BYTES, cut
+from kvserver.transfer.nixl.posts import POST_BYTES, cut
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess, start_server
 

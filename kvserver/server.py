@@ -48,7 +48,7 @@ from kvserver.core.events import (
 from kvserver.journal.errors import JournalError
 from kvserver.journal.record import DiskRecord
 from kvserver.media import open_device, open_disk
-from kvserver.moving import open_moves
+from kvserver.moving import open_moves, start_agent
 from kvserver.observe import logs
 from kvserver.observe.metrics import Metrics
 from kvserver.options import read_file
@@ -160,6 +160,7 @@ class Server:
         grpc_server, self.address = self._open_port()
         self._parts.push_async_callback(grpc_server.stop, None)
         self._open_host()
+        self._agent = start_agent(settings, self.host, self._parts, self.incidents.report)
         failpoints.hit("start.after_lock")
         disk = open_disk(settings, self._parts, self._unmake)
         self._build(disk, open_device(settings, self._parts))
@@ -341,15 +342,15 @@ class Server:
             report=self.incidents.report,
             log=logs.get_logger("node"),
         )
-        if self.settings.nixl_enabled:
+        if self._agent is not None:
             # Closed after the calls have ended, and before the arena's lock goes.
             self.node.moves = await open_moves(
+                self._agent,
                 settings=self.settings,
                 node=self.node,
                 host=self.host,
                 liveness=self.liveness,
                 parts=self._parts,
-                report=self.incidents.report,
             )
 
     async def _start_tcp(self, secret: bytes) -> TcpEndpoint:

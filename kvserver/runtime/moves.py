@@ -2,7 +2,8 @@
 
     attach -> move* -> settle* -> released
 
-An Attachment is one client whose memory the agent can reach. It outlives its session for as long
+The bytes are moved by a process of its own (`kvserver.transfer.nixl`). An Attachment is one client
+whose memory its agent can reach. It outlives its session for as long
 as a transfer of it is not terminal.
 
 Rules:
@@ -11,10 +12,9 @@ Rules:
     The server holds the client's liveness lock meanwhile, so no other writer has its id.
  2. A slot is written only by the holder of a live reservation, while its directory entry is
     RESERVED, of the granted generation, and names the client. All of that is looked at on the
-    loop's thread, where slots are freed, and again by the agent's thread before each post.
- 3. Bytes that arrived are hashed before they are answered as OK: a reader's mismatch must mean
-    that something happened to the arena. What is whole is hashed while the rest still moves, out of
-    the cache that the copy left it in, and beside the loop (`kvserver.transfer.hashing`).
+    loop's thread, where slots are freed, and its words again by the worker before each post.
+ 3. Bytes that arrived are hashed, by the worker, before they are answered as OK: a reader's
+    mismatch must mean that something happened to the arena.
  4. A Move that is not terminal at its deadline is answered without its fence, stopped, and kept
     until it is. Until then the client is not idle, so its slots stay in quarantine.
  5. A move number is used once; `settle` also bars numbers that have not arrived yet.
@@ -24,26 +24,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvproto.arena import (
-    GENERATION_WORD,
-    RESERVED,
-    STATE_SHIFT,
-    STATE_WORD,
-    UNIT,
-)
+from kvproto.arena import GENERATION_WORD, UNIT
 from kvproto.frames import Op, Place, Status
 from kvproto.grid import Region
 from kvproto.nixlib import METADATA_BYTES_MAX, Memory, NixlError
 from kvserver.core.errors import CoreError, ErrorKind
-from kvserver.runtime import failpoints
 from kvserver.runtime.driver import Driver
 from kvserver.runtime.extents import Extents
 from kvserver.runtime.orders import Bytes, Moved, Order
@@ -52,8 +45,8 @@ from kvserver.tiers.entry import ReservedEntry
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.base import TransferError
-from kvserver.transfer.hashing import Hashing
-from kvserver.transfer.nixl import Ended, Job, NixlAgent
+from kvserver.transfer.nixl.messages import Totals
+from kvserver.transfer.nixl.process import AgentProcess
 from kvserver.transfer.permits import Permits
 
 KEY_BYTES = 16
@@ -62,6 +55,7 @@ MOVE_BYTES_MAX = 256 << 20
 MOVE_PIECES_MAX = 1 << 16
 BARRED_MAX = 4096  # settled move numbers that are remembered one by one
 SWEEP_S = 0.5
+_STATUSES = np.array([Status.OK, Status.STALE, Status.STALE, Status.CORRUPT], np.uint8)  # by Ended
 GRACE_S = 0.05  # a stopped Move's last posts are usually over by then
 ATTACH_S = 10.0
 START_S = 60.0  # an agent that registers a large arena for RDMA pins all of it
@@ -70,9 +64,10 @@ START_S = 60.0  # an agent that registers a large arena for RDMA pins all of it
 @dataclass(eq=False, slots=True)
 class _Move:
     order: Order
-    job: Job
+    number: int  # of its Work
+    admitted: list[int]  # the places that the Work is of
+    outcomes: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))  # Ended, when `over`
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    hashed: list[Future[list[int]]] = field(default_factory=list)  # the wrong ones of some places
 
 
 @dataclass(eq=False, slots=True)
@@ -111,7 +106,6 @@ class Moves:
         host: HostArena,
         liveness: Liveness,
         permits: Permits,
-        hashing: Hashing,
         move_s_max: float,
     ) -> None:
         self._driver = driver
@@ -120,13 +114,10 @@ class Moves:
         self._liveness = liveness
         self._permits = permits
         self.move_s_max = move_s_max
-        self._agent: NixlAgent | None = None
+        self._agent: AgentProcess | None = None
         self._attached: dict[int, Attachment] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._hashing = hashing
-        # The agent's thread starts this one, which so steps back as it does.
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="nixl-hash")
+        self._numbers = itertools.count(1)
         self.moves = 0
         self.moves_late = 0
         self.items_stale = 0
@@ -135,16 +126,14 @@ class Moves:
 
     # ---- life ----------------------------------------------------------------------------
 
-    async def start(self, agent: NixlAgent) -> None:
-        self._loop = asyncio.get_running_loop()
+    async def start(self, agent: AgentProcess) -> None:
         self._agent = agent
         try:
             async with asyncio.timeout(START_S):
-                await asyncio.wrap_future(agent.start())
+                await agent.start(self._lose_all)
         except TimeoutError as error:
             raise TransferError(f"nixl: no agent within {START_S} s") from error
-        self._hashing.start()
-        self._sweeper = self._loop.create_task(self._sweep(), name="nixl-sweep")
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="nixl-sweep")
 
     async def close(self) -> None:
         """Every transfer is over when this returns, so locks and memory may go."""
@@ -152,15 +141,14 @@ class Moves:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         if self._agent is not None:
-            await asyncio.to_thread(self._agent.close)
-        await asyncio.to_thread(self._asking.shutdown)
-        await asyncio.to_thread(self._hashing.close)
+            await self._agent.close()
         for attachment in self._attached.values():
             os.close(attachment.lock_fd)
         self._attached.clear()
 
     def counters(self) -> dict[str, int]:
         agent = self._agent
+        totals = agent.totals if agent else Totals()
         return {
             "nixl_attached": len(self._attached),
             "nixl_moves": self.moves,
@@ -169,10 +157,10 @@ class Moves:
             "nixl_items_stale": self.items_stale,
             "nixl_items_corrupt": self.items_corrupt,
             "nixl_items_denied": self.items_denied,
-            "nixl_bytes_in": agent.bytes_read if agent else 0,
-            "nixl_bytes_out": agent.bytes_written if agent else 0,
-            "nixl_posts": agent.posts if agent else 0,
-            "nixl_posts_failed": agent.posts_failed if agent else 0,
+            "nixl_bytes_in": totals.bytes_read,
+            "nixl_bytes_out": totals.bytes_written,
+            "nixl_posts": totals.posts,
+            "nixl_posts_failed": totals.posts_failed,
             "nixl_rebuilds": agent.rebuilds if agent else 0,
         }
 
@@ -204,7 +192,7 @@ class Moves:
         prefix = agent_prefix(session.id, client)
         try:
             async with asyncio.timeout(ATTACH_S):
-                await asyncio.wrap_future(self._agent.attach(client, metadata, prefix))
+                await self._agent.attach(client, metadata, prefix)
         except (NixlError, TimeoutError) as error:
             if found is None:
                 self._release(attachment)
@@ -267,7 +255,7 @@ class Moves:
                 if session is not None and attachment.client in session.clients:
                     continue
                 for move in attachment.moves.values():
-                    move.job.stop()
+                    self._stop(move)
                 if not attachment.moves:
                     self._release(attachment)
 
@@ -288,24 +276,19 @@ class Moves:
             async with asyncio.timeout(min(order.deadline_s or self.move_s_max, self.move_s_max)):
                 await move.over.wait()
         except TimeoutError:
-            move.job.stop()
+            self._stop(move)
             await _briefly(move.over)
         except asyncio.CancelledError:  # the caller has gone; its Settle tells it the rest
-            move.job.stop()
+            self._stop(move)
             raise
         if attachment.lost:
             text = "the hub had to rebuild its agent: attach again"
             raise CoreError(ErrorKind.UNAVAILABLE, text, field="attach")
         terminal = move.over.is_set()
         self.moves_late += not terminal
-        for item in np.flatnonzero(statuses == Status.OK).tolist():
-            ended = Ended(int(move.job.outcomes[item])) if terminal else Ended.FAILED
-            statuses[item] = Status.OK if ended is Ended.OK else Status.STALE
-        trailers = b""
-        if terminal and order.op is Op.WRITE:
-            await self._verify(move, statuses)
-        elif order.op is Op.READ:
-            trailers = self._trailers(order, statuses)
+        statuses[move.admitted] = _STATUSES[move.outcomes] if terminal else Status.STALE
+        self.items_corrupt += int((statuses == Status.CORRUPT).sum())
+        trailers = self._trailers(order, statuses) if order.op is Op.READ else b""
         self.items_stale += int((statuses == Status.STALE).sum())
         return Moved(statuses, trailers, terminal)
 
@@ -339,7 +322,7 @@ class Moves:
         return statuses
 
     def _granted(self, session: Session, client: int, op: Op, place: Place) -> bool:
-        if not self._current(op, place):
+        if not self._current(place):
             return False
         if op is Op.READ:
             return True
@@ -348,65 +331,34 @@ class Moves:
         entry = self._host.read_entry(place.offset)
         return isinstance(entry, ReservedEntry) and client in entry.clients
 
-    def _current(self, op: Op, place: Place) -> bool:
-        """From any thread: single words of the directory."""
+    def _current(self, place: Place) -> bool:
         words = self._host.entries.words[place.offset // UNIT]
-        if int(words[GENERATION_WORD]) != place.generation:
-            return False
-        return op is Op.READ or int(words[STATE_WORD]) >> STATE_SHIFT & 0xFF == RESERVED
+        return int(words[GENERATION_WORD]) == place.generation
 
     def _begin(
         self, attachment: Attachment, order: Order, statuses: Bytes, kind: tuple[Memory, int]
     ) -> _Move:
-        agent, loop = self._agent, self._loop
-        assert agent is not None
-        assert loop is not None
+        assert self._agent is not None
         admitted = np.flatnonzero(statuses == Status.OK).tolist()
-        memory, device = kind
-        posts = order.posts(admitted, base=agent.base, device=device)
-
-        def arrived(items: list[int]) -> None:  # on the agent's thread
-            if order.op is Op.WRITE:
-                move.hashed.append(self._asking.submit(order.corrupt, self._hashing.sums, items))
-
-        def ended(job: Job) -> None:  # on the agent's thread, after the last `arrived`
-            loop.call_soon_threadsafe(self._over, attachment, move)
-
-        job = Job(
-            client=attachment.client,
-            read=order.op is Op.WRITE,
-            memory=memory,
-            posts=posts,
-            outcomes=np.zeros(len(order.places), np.uint8),
-            current=lambda at: self._current(order.op, order.places[at]),
-            before_post=lambda: failpoints.hit("nixl.post"),
-            arrived=arrived,
-            ended=ended,
-        )
-        move = _Move(order, job)
-        if posts:
-            attachment.moves[order.number] = move
-            agent.submit(job)
-        else:
+        move = _Move(order, next(self._numbers), admitted)
+        if not admitted:
             move.over.set()
+            return move
+
+        def ended(outcomes: Bytes) -> None:
+            del attachment.moves[order.number]
+            move.outcomes = outcomes
+            move.over.set()
+
+        attachment.moves[order.number] = move
+        work = order.work(move.number, attachment.client, admitted, kind)
+        self._agent.submit(work, ended)
         return move
 
-    def _over(self, attachment: Attachment, move: _Move) -> None:
-        """Nothing of this move runs any more."""
-        del attachment.moves[move.order.number]
-        move.over.set()
-
-    async def _verify(self, move: _Move, statuses: Bytes) -> None:
-        """Wait for the hashes of what arrived (rule 3); CORRUPT where it is not what was sent."""
-        if move.hashed and not move.hashed[-1].done():
-            await asyncio.wrap_future(move.hashed[-1])  # one thread hashes, in order
-        for hashing in move.hashed:
-            for at in hashing.result():
-                if statuses[at] != Status.OK:
-                    continue
-                current = self._current(move.order.op, move.order.places[at])
-                statuses[at] = Status.CORRUPT if current else Status.STALE
-                self.items_corrupt += current
+    def _stop(self, move: _Move) -> None:
+        """Post no more of it."""
+        if self._agent is not None:
+            self._agent.stop(move.number)
 
     def _trailers(self, order: Order, statuses: Bytes) -> bytes:
         """Each slot's trailer, read while its generation stands; zeros where it does not."""
@@ -416,7 +368,7 @@ class Moves:
             if statuses[at] == Status.OK:
                 start = place.offset + place.payload_bytes
                 trailer = self._host.slot(start, place.trailer_bytes).tobytes()
-                if not self._current(order.op, place):
+                if not self._current(place):
                     statuses[at] = Status.STALE
             parts.append(trailer)
         return b"".join(parts)
@@ -436,19 +388,15 @@ class Moves:
         attachment.bar(numbers)
         running = [attachment.moves[n] for n in numbers if n in attachment.moves]
         for move in running:
-            move.job.stop()
+            self._stop(move)
         for move in running:
             await _briefly(move.over)
         return [number in attachment.moves for number in numbers]
 
-    # ---- the agent's end ---------------------------------------------------------------------
-
-    def rebuilt(self) -> None:
-        """From the agent's thread: everybody has to attach again."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._lose_all)
+    # ---- the worker's end --------------------------------------------------------------------
 
     def _lose_all(self) -> None:
+        """There is a new agent, or will be: everybody has to attach again."""
         for attachment in self._attached.values():
             attachment.lost = True
 

@@ -7,7 +7,7 @@ it may be carried out is `runtime.moves`' to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from kvproto.frames import Op, Place
 from kvproto.grid import Region
 from kvproto.nixlib import Memory
 from kvserver.runtime.extents import Extents
-from kvserver.transfer.posts import Post, cut
+from kvserver.transfer.nixl.work import Work
 
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.uint64]
@@ -50,51 +50,29 @@ class Order:
         sizes = [self.region.cells * place.cell_bytes // pieces for place in self.places]
         return extents.kind_of(self.addresses, np.array(sizes, np.uint64)[:, None])
 
-    def pieces(self, chosen: Sequence[int]) -> tuple[Numbers, Numbers, Numbers]:
-        """Of these places: offsets in the arena and addresses of the client, both [chosen, n], and
-        bytes of a piece [chosen]. n is as small as both sides' gaps allow.
-        """
-        region, places = self.region, [self.places[at] for at in chosen]
-        theirs = self.addresses[list(chosen)]
-        grid = places[0]  # layers and heads are those of the whole call
-        cell = np.array([place.cell_bytes for place in places], np.uint64)[:, None]
-        first = np.uint64(region.layer_start * grid.heads + region.head_start)
-        begin = np.array([place.offset for place in places], np.uint64)[:, None] + first * cell
-        told = theirs.shape[1]
-        dense = region.heads == grid.heads or region.layers == 1
-        count = told if dense else max(told, region.layers)
-        length = cell * np.uint64(region.cells) // np.uint64(count)
-        nth = np.arange(count, dtype=np.uint64)
-        if dense:
-            return begin + nth * length, theirs, length[:, 0]
-        a_layer, a_piece = np.uint64(count // region.layers), np.uint64(count // told)
-        ours = begin + nth // a_layer * (np.uint64(grid.heads) * cell) + nth % a_layer * length
-        theirs = theirs[:, (nth // a_piece).astype(np.intp)] + nth % a_piece * length
-        return ours, theirs, length[:, 0]
-
-    def posts(self, chosen: Sequence[int], *, base: int, device: int) -> list[Post]:
-        """What the agent has to post for these places; the arena's data begins at `base`."""
-        if not chosen:
-            return []
-        ours, theirs, length = self.pieces(chosen)
-        count = ours.shape[1]
-        return cut(
-            ours.reshape(-1) + np.uint64(base),
-            theirs.reshape(-1),
-            np.repeat(length, count),
-            np.repeat(np.array(chosen, np.int64), count),
-            device=device,
+    def work(
+        self, number: int, client: int, chosen: Sequence[int], kind: tuple[Memory, int]
+    ) -> Work:
+        """These places of it, for the worker; `kind` is the client's memory and device."""
+        places = [self.places[at] for at in chosen]
+        rows = list(chosen)
+        every = len(rows) == len(self.places)
+        sums = self.checksums
+        return Work(
+            number=number,
+            client=client,
+            read=self.op is Op.WRITE,
+            memory=kind[0],
+            device=kind[1],
+            layers=places[0].layers,  # as those of the whole call are
+            heads=places[0].heads,
+            region=self.region,
+            offsets=np.array([place.offset for place in places], np.uint64),
+            generations=np.array([place.generation for place in places], np.uint64),
+            cell_bytes=np.array([place.cell_bytes for place in places], np.uint64),
+            addresses=self.addresses if every else self.addresses[rows],
+            checksums=sums if every or sums is None else sums[rows],
         )
-
-    def corrupt(
-        self, sums: Callable[[Region, Sequence[Place]], Numbers], chosen: Sequence[int]
-    ) -> list[int]:
-        """Which of these places of a WRITE do not match their checksums as they stand in the arena.
-        `sums` finds those (`kvserver.transfer.hashing`)."""
-        assert self.checksums is not None
-        found = sums(self.region, [self.places[at] for at in chosen])
-        wrong = (found != self.checksums[list(chosen)]).any(axis=1)
-        return [at for at, bad in zip(chosen, wrong.tolist(), strict=True) if bad]
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,11 @@ class HostArena:
         return self._header.load(0, EPOCH_WORD)
 
     @property
+    def lock_fd(self) -> int:
+        """Holds the directory's lock, and so does each copy of it."""
+        return self._lock.fd
+
+    @property
     def resident_bytes(self) -> int:
         """Memory that the file takes now."""
         return os.fstat(self.fd).st_blocks * 512

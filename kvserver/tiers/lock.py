@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
 from kvserver.tiers.errors import DirectoryBusy
 
 LOCK_NAME = "lock"
+ENDING_S = 5.0  # what a process may take to end after its server
+_PAUSE_S = 0.01
 
 
 class DirectoryLock:
@@ -28,6 +31,7 @@ class DirectoryLock:
     def acquire(cls, directory: Path) -> DirectoryLock:
         """DirectoryBusy, with the holder's pid as far as known, when another holds it."""
         path = directory / LOCK_NAME
+        give_up = time.monotonic() + ENDING_S
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -35,6 +39,9 @@ class DirectoryLock:
             except BlockingIOError:
                 holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
                 os.close(fd)
+                if _has_ended(holder) and time.monotonic() < give_up:
+                    time.sleep(_PAUSE_S)
+                    continue
                 raise DirectoryBusy(directory, holder) from None
             except OSError:
                 os.close(fd)
@@ -44,6 +51,10 @@ class DirectoryLock:
                 os.pwrite(fd, f"pid {os.getpid()}".encode(), 0)
                 return cls(path, fd)
             os.close(fd)
+
+    @property
+    def fd(self) -> int:
+        return self._fd
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
@@ -62,6 +73,12 @@ class DirectoryLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the lock's text names a process that is not there any more."""
+    pid = holder.removeprefix("pid ")
+    return pid.isdecimal() and not Path(f"/proc/{pid}").exists()
 
 
 def _is_at(path: Path, fd: int) -> bool:

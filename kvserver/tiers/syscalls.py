@@ -6,13 +6,16 @@ Each raises OSError with the system's errno. `ctypes` releases the GIL around th
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import signal
 
 import numpy as np
 import numpy.typing as npt
 
 MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23  # Linux 5.14: maps pages for writing without changing a byte
+PR_SET_PDEATHSIG = 1
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 
@@ -40,6 +43,14 @@ def allocate(fd: int, offset: int, length: int) -> None:
 def punch(fd: int, offset: int, length: int) -> None:
     """Give back the blocks of a range, which reads as zeros from now on; the size stays."""
     _check(_libc.fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length), "fallocate")
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed when the thread that started this process ends, even while stopped. OSError (ESRCH)
+    when `parent`, its process, is gone already."""
+    _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != parent:
+        raise OSError(errno.ESRCH, f"the parent is not process {parent} any more")
 
 
 def _check(result: int, call: str) -> None:

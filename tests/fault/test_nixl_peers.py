@@ -217,6 +217,79 @@ async def test_a_hub_stopped_in_the_middle_of_a_pull_writes_into_no_memory_of_ou
         assert BLOCKS.wrong(keys, again, result.found) == []
 
 
+@pytest.mark.parametrize("part", ["hub", "worker"])
+async def test_a_part_of_the_hub_that_stands_still_writes_into_no_memory_of_ours(
+    serve: Serve, part: str
+) -> None:
+    """Its loop, which cannot answer while its worker writes; or its worker, which writes late."""
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1-3", session_ttl_ms=60_000)
+    keys = await pushed(server, 1)
+    async with AsyncClient.connect(server.address, transport="nixl") as client:
+        namespace = await client.open_namespace(BLOCKS.spec)
+        ring = transfer_of(client)._ring
+        assert ring is not None
+        out = BLOCKS.out(6)
+        pull = asyncio.create_task(namespace.pull(keys, out, deadline_s=1.2))
+        await until(lambda: running(server) > 0, "the hub is about to write")
+        pid = server.pid if part == "hub" else server.nixl_worker
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(KVError):
+                await pull
+            assert ring.withheld, "the moves were not answered"
+            out[:] = 0x77
+            await asyncio.sleep(2.0)
+            assert ring.withheld, "nor is time an answer"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: not ring.withheld, "the hub has settled them")
+        ring.validate()
+        assert (out == 0x77).all()
+        again = BLOCKS.out(6)
+        result = await namespace.pull(keys, again)
+        assert result.found.all()
+        assert BLOCKS.wrong(keys, again, result.found) == []
+        assert server.stats().counters["nixl_rebuilds"] == 0
+
+
+@pytest.mark.parametrize("word", ["push", "pull"])
+async def test_a_worker_that_is_killed_costs_the_moves_under_way(serve: Serve, word: str) -> None:
+    server = small(serve, failpoints="nixl.post=sleep:1.5@1", session_ttl_ms=60_000)
+    keys = await pushed(server, 1)
+    async with AsyncClient.connect(server.address, transport="nixl") as client:
+        namespace = await client.open_namespace(BLOCKS.spec)
+        fresh = BLOCKS.chain(2, 6)
+        call: asyncio.Task[object]
+        if word == "push":
+            call = asyncio.create_task(namespace.push(fresh, BLOCKS.payloads(fresh)))
+        else:
+            call = asyncio.create_task(namespace.pull(keys, BLOCKS.out(6)))
+        await until(lambda: running(server) > 0, "the hub is about to move")
+        first = server.nixl_worker
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await asyncio.gather(call, return_exceptions=True)
+        await until(lambda: running(server) == 0, "a dead worker's moves have ended")
+        await until(lambda: host_tier(server).slots_quarantined == 0, "its slots are back")
+        assert server.stats().counters["nixl_rebuilds"] == 1
+        out = BLOCKS.out(6)
+        found = np.zeros(6, bool)
+
+        async def works() -> bool:
+            nonlocal found
+            await namespace.push(fresh, BLOCKS.payloads(fresh))
+            found = (await namespace.pull(fresh, out)).found
+            return bool(found.all())
+
+        deadline = time.monotonic() + 10
+        while not await works():
+            assert time.monotonic() < deadline, "the client has attached again"
+        assert BLOCKS.wrong(fresh, out, found) == []
+        assert client.transport == "nixl"
+        assert server.nixl_worker not in (None, first)
+
+
 async def test_a_client_that_leaves_keeps_what_a_stopped_hub_may_still_write(
     serve: Serve,
 ) -> None:

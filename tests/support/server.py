@@ -154,10 +154,25 @@ class ServerProcess:
         os.kill(self.pid, signal.SIGTERM)
         return self.wait_exit(timeout)
 
+    @property
+    def nixl_worker(self) -> int | None:
+        """Its pid; None where there is none."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            for pid in map(int, (task / "children").read_text().split()):
+                with contextlib.suppress(OSError):  # it has just ended
+                    if b"kvserver.nixl_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return pid
+        return None
+
     def stop_signal(self) -> None:
+        """SIGSTOP to the server and its nixl worker: as a whole, it moves nothing from now on."""
         os.kill(self.pid, signal.SIGSTOP)
+        if (worker := self.nixl_worker) is not None:
+            os.kill(worker, signal.SIGSTOP)
 
     def cont(self) -> None:
+        if (worker := self.nixl_worker) is not None:
+            os.kill(worker, signal.SIGCONT)
         os.kill(self.pid, signal.SIGCONT)
 
     def restart(self, *, failpoints: str = "", **options: object) -> Self:

@@ -42,7 +42,7 @@ from kvproto.frames import (
 )
 from kvproto.grid import CHECKSUM_BYTES
 from kvserver.transfer.permits import Permits
-from kvserver.transfer.tcp.slots import Rows, Slots
+from kvserver.transfer.slots import Rows, Slots
 from kvserver.transfer.tcp.stream import Ended, Stalled, Stream
 
 CHUNK_BYTES = 1 << 20  # at most so much between two looks at a generation

@@ -31,9 +31,9 @@ from typing import Any
 from kvproto.frames import Hello, HelloStatus, Welcome, encode_welcome
 from kvserver.transfer.permits import Permits
 from kvserver.transfer.priority import step_back
+from kvserver.transfer.slots import Slots
 from kvserver.transfer.tcp.channel import Channel, ChannelClosed
 from kvserver.transfer.tcp.connection import Connection, Counters
-from kvserver.transfer.tcp.slots import Slots
 from kvserver.transfer.tcp.stream import Stream, TlsStream
 
 COUNT_S = 0.5  # how often counters go to the server

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +9,9 @@ from hypothesis import strategies as st
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op, Place
 from kvproto.grid import Region
+from kvproto.nixlib import Memory
 from kvserver.runtime.orders import Order
-from kvserver.transfer.hashing import sums_here
+from kvserver.transfer.nixl.work import Work
 
 
 @st.composite
@@ -56,8 +55,12 @@ def test_every_byte_goes_to_its_place(order: Order, data: st.DataObject) -> None
     chosen = sorted(data.draw(st.sets(st.sampled_from(everyone), min_size=1)))
     base = 1 << 32
     moved: dict[int, int] = {}
-    for post in order.posts(chosen, base=base, device=2):
-        assert set(post.items) <= set(chosen)
+    work = order.work(9, 4, chosen, (Memory.VRAM, 2))
+    told = Work.decode(work.encode())
+    assert (told.number, told.client, told.read, told.memory) == (9, 4, False, Memory.VRAM)
+    assert told.checksums is None
+    for post in told.posts(base):
+        assert set(post.items) <= set(range(len(chosen)))
         for (ours, size, _), (theirs, size_, device) in zip(
             post.local.tolist(), post.remote.tolist(), strict=True
         ):
@@ -71,7 +74,7 @@ def test_every_byte_goes_to_its_place(order: Order, data: st.DataObject) -> None
     assert moved == wanted
 
 
-def test_corrupt_names_what_does_not_match() -> None:
+def test_what_is_read_into_slots_is_held_against_its_checksums() -> None:
     arena = np.random.default_rng(3).integers(0, 256, 4096, np.uint8)
     whole, region = Region(0, 4, 0, 3), Region(1, 3, 1, 3)
     places = [Place(1, offset, 1, 8, 4, 3, whole) for offset in (0, 512, 1024)]
@@ -82,9 +85,13 @@ def test_corrupt_names_what_does_not_match() -> None:
     order = Order(
         1, Op.WRITE, region, places, np.zeros((3, 1), np.uint64), np.array(sums), 1.0
     )  # fmt: skip
-    found = partial(sums_here, lambda offset, size: arena[offset : offset + size])
-    assert order.corrupt(found, [0, 1, 2]) == []
+    work = Work.decode(order.work(1, 2, [0, 1, 2], (Memory.DRAM, 0)).encode())
+    assert work.read
+    assert work.wrong(arena, [0, 1, 2]) == []
     arena[512 + (1 * 3 + 1) * 8] ^= 1
     arena[1024] ^= 1  # outside the region
-    assert order.corrupt(found, [0, 1, 2]) == [1]
-    assert order.corrupt(found, [0, 2]) == []
+    assert work.wrong(arena, [0, 1, 2]) == [1]
+    assert work.wrong(arena, [0, 2]) == []
+    some = Work.decode(order.work(2, 2, [1, 2], (Memory.DRAM, 0)).encode())
+    assert some.wrong(arena, [0, 1]) == [0], "items count what was chosen"
+    assert [place.offset for place in some.places()] == [512, 1024]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from kvproto.errors import FieldError
+from kvserver.tiers import lock as locks
 from kvserver.tiers.errors import DirectoryBusy
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
@@ -44,6 +47,36 @@ def test_a_lock_of_another_process_is_respected_and_ends_with_sigkill(tmp_path: 
         process.wait()
     with DirectoryLock.acquire(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("lingers_s", [0.5, 30.0])
+def test_a_copy_of_the_lock_is_waited_for_when_its_server_is_gone(
+    tmp_path: Path, lingers_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of the server's own that is about to end: it is not another server."""
+    monkeypatch.setattr(locks, "ENDING_S", 5.0 if lingers_s < 1 else 0.3)
+    code = "lock = DirectoryLock.acquire(Path(sys.argv[1]))"
+    lingering = HOLDER.replace("sys.stdin.read()", "import os, time; time.sleep(60)").replace(
+        code, f"{code}\nimport os\nif os.fork() == 0:\n    import time; time.sleep({lingers_s})\n"
+        "    os._exit(0)"
+    )  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", lingering, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            process.kill()
+            process.wait()
+            if lingers_s < 1:
+                DirectoryLock.acquire(tmp_path).release()
+            else:
+                with pytest.raises(DirectoryBusy, match=f"pid {process.pid}"):
+                    DirectoryLock.acquire(tmp_path)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_lock_is_free_after_release_and_release_may_repeat(tmp_path: Path) -> None:

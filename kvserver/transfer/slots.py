@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from kvproto.arena import ENTRY_BYTES, UNIT, ArenaReader
+from kvproto.arena import ENTRY_BYTES, RESERVED, STATE_SHIFT, STATE_WORD, UNIT, ArenaReader
 from kvproto.checksum import cell_checksums
 from kvproto.frames import Place
 from kvproto.grid import Region
@@ -69,6 +69,12 @@ class Slots:
                 return False
             time.sleep(_ENTRY_PAUSE_S)
         return False
+
+    def reserved(self, place: Place) -> bool:
+        """Whether the slot still is what was granted, and still being written: a look at two words,
+        for who was told by the hub that it `may_write`."""
+        state = int(self._entries.words[place.offset // UNIT][STATE_WORD])
+        return self.current(place) and state >> STATE_SHIFT & 0xFF == RESERVED
 
     def map_in(self, place: Place) -> None:
         """Enter the slot's pages into this process's page table, all at once: done by faults, page

@@ -1,0 +1,1 @@
+"""The server's side of `nixl`: a process that owns the agent and moves the bytes."""
