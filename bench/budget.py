@@ -58,7 +58,7 @@ def children_of(pid: int) -> list[int]:
 
 class Meter:
     """Core milliseconds of client, hub and the hub's own processes since it was made: data workers
-    of tcp, and the one that hashes for nixl."""
+    of tcp, and the one that moves for nixl."""
 
     def __init__(self, hub: ServerProcess) -> None:
         self._pids = {"hub": [hub.pid], "data worker": children_of(hub.pid)}

@@ -110,7 +110,7 @@ class Settings:
     )
     tcp_worker_nice: int = option(
         10,
-        "how far these processes, and what moves and hashes for nixl, step back behind the server"
+        "how far these processes, and the one that moves for nixl, step back behind the server"
         " itself where cores are short",
         count(0, 19),
         _SERVING,

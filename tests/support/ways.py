@@ -43,7 +43,7 @@ class Way:
             options["tcp_listen"] = f"127.0.0.1:{free_port()}"
         if self.transport == "nixl":
             options["nixl_enabled"] = "true"
-            # The agent's thread steps back, so a busy machine makes 64 clients at once wait long.
+            # The agent's process steps back, so a busy machine makes 64 clients at once wait long.
             options.setdefault("nixl_move_ms", 30_000)
         certificates = None
         if self.tls:

@@ -24,7 +24,7 @@ from kvproto.grid import Region
 from kvproto.nixlib import Memory, NixlError
 from kvserver.tiers.errors import DirectoryBusy
 from kvserver.tiers.host import HostArena
-from kvserver.tiers.lock import DirectoryLock
+from kvserver.tiers.lock import LOCK_NAME, DirectoryLock
 from kvserver.transfer.base import TransferError
 from kvserver.transfer.nixl import process as processes
 from kvserver.transfer.nixl.messages import Ended
@@ -262,6 +262,8 @@ def test_it_ends_with_the_hub_and_holds_the_lock_until_then(tmp_path: Path, how:
             worker = int(process.stdout.readline())
             with pytest.raises(DirectoryBusy):
                 DirectoryLock.acquire(directory)
+            held = [os.readlink(fd) for fd in Path(f"/proc/{worker}/fd").iterdir()]
+            assert str(directory / LOCK_NAME) in held
             os.kill(process.pid, signal.SIGKILL)
         finally:
             process.kill()
