@@ -200,7 +200,7 @@ def test_vram_goes_the_same_way_to_the_descriptors() -> None:
     order = Order(1, Op.WRITE, whole, [slot], addresses, None, 1.0)
     kind, device = order.memory(extents)
     assert (kind, device) == (Memory.VRAM, 3)
-    posts = order.posts([0], base=1 << 40, device=device)
+    posts = order.work(1, 1, [0], (kind, device)).posts(1 << 40)
     told = np.concatenate([post.remote for post in posts])
     assert np.array_equal(told[:, 0], base.reshape(-1))
     assert (told[:, 1] == 64).all()
