@@ -50,6 +50,13 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def rounded_down(value: float, digits: int) -> float:
+    """For what is held against a floor of so many digits or fewer: a figure that misses it must not
+    look as if it met it."""
+    shown = round(value, digits)
+    return shown if shown <= value else round(shown - 10**-digits, digits)
+
+
 def core_seconds(processes: Iterable[int]) -> float:
     """Processor time that the threads of these processes have had so far."""
     nanoseconds = 0

@@ -23,7 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from bench.fleet import Fleet
-from bench.machine import core_seconds, memory_available_bytes
+from bench.machine import core_seconds, memory_available_bytes, rounded_down
 from bench.worker import Timing
 from kvproto.namespace import NamespaceSpec
 from tests.support.server import ServerProcess, start_server
@@ -183,9 +183,9 @@ def _row(plan: Plan, fleet: Fleet, hub: int, operation: str, batch: int) -> Row:
         rounds=plan.rounds,
         memcpy_gb_s=round(statistics.median(memcpy), 3),
         speed_gb_s=round(statistics.median(speed), 3),
-        ratio=round(ratio, 3),
-        ratio_low=round(ratios[0], 3),
-        ratio_high=round(ratios[-1], 3),
+        ratio=rounded_down(ratio, 3),
+        ratio_low=rounded_down(ratios[0], 3),
+        ratio_high=rounded_down(ratios[-1], 3),
         call_ms=round(1e3 * statistics.median(call_seconds), 2),
         memcpy_core_ms=copy_ms,
         client_core_ms=client_ms,

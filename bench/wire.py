@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fleet import Fleet
+from bench.machine import rounded_down
 from bench.transfer import full_plan, wait_resident
 from bench.worker import BARE_BYTES
 from tests.support.server import free_port, start_server
@@ -107,9 +108,9 @@ def _row(
         rounds=rounds,
         bare_gb_s=round(statistics.median(bare), 2),
         speed_gb_s=round(statistics.median(speed), 2),
-        ratio=round(ratio, 2),
-        ratio_low=round(ratios[0], 2),
-        ratio_high=round(ratios[-1], 2),
+        ratio=rounded_down(ratio, 2),
+        ratio_low=rounded_down(ratios[0], 2),
+        ratio_high=rounded_down(ratios[-1], 2),
         floor=FLOOR,
         floor_met=ratio >= FLOOR,
     )
