@@ -1,13 +1,14 @@
 """What kvserver adds to bare NIXL: the same bytes with the same descriptors, in turns.
 
-    python -m bench.nixl [--rounds 12] [--block-mib 2] [--batch 32] [--direct]
+    python -m bench.nixl [--rounds 12] [--block-mib 2] [--batch 32] [--direct] [--agents 0]
 
-Three ways, one after the other in each round, because the speed of a machine drifts; the figure is
+The ways, one after the other in each round, because the speed of a machine drifts; the figure is
 the median of the ratios to the bare transfer just before.
 
   bare   a second process with an agent of its own reads (push) or writes (pull) the client's
          staging ring from memory of its own (of the arena's kind), POST_BYTES a post, one
          post behind the other
+  bare*  the same by as many agents as the hub has (`nixl_agents`), a thread each
   move   the same bytes by calls of Move: permits, slots, gRPC, and on a push the hub hashes what
          arrived; the staging is filled beforehand, nothing is committed
   whole  `push` and `pull` of the client: reserve, copy and hash into staging, Move, commit; or
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,56 +48,71 @@ from kvclient.transfer.ring import EXTENTS, Ring
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op
 from kvproto.nixlib import Agent, Memory, State
+from kvproto.rdma import rdma_devices
 from kvproto.v1 import kvserver_pb2 as pb
-from kvserver.transfer.nixl.posts import POST_BYTES, cut
+from kvserver.moving import agents_for
+from kvserver.transfer.nixl.posts import POST_BYTES, Post, cut
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess, start_server
 
 
 def bare_process() -> None:
-    """The initiator: METADATA BYTES on the first line, then `read ADDRESS ...` or `write ...`."""
-    metadata, size = sys.stdin.readline().split()
+    """The initiator: METADATA BYTES AGENTS on the first line, then `read ADDRESS ...` or `write
+    ...`, by so many of the agents."""
+    metadata, size, agents = sys.stdin.readline().split()
     # The same kind of memory as the hub's arena: a file on tmpfs, without huge pages.
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.truncate(int(size))
         mine = np.frombuffer(mmap.mmap(file.fileno(), int(size)), np.uint8)
     mine[:] = 0
     rng = np.random.default_rng(5)
-    agent = Agent("bare-hub", backend="UCX", params={}, progress=False)
-    agent.register(int(mine.ctypes.data), mine.nbytes, Memory.DRAM)
-    peer = agent.add_peer(bytes.fromhex(metadata))
+    movers = []
+    for number in range(int(agents)):
+        agent = Agent(f"bare-hub-{number}", backend="UCX", params={}, progress=False)
+        agent.register(int(mine.ctypes.data), mine.nbytes, Memory.DRAM)
+        movers.append((agent, agent.add_peer(bytes.fromhex(metadata))))
     print("ready", flush=True)
-    for line in sys.stdin:
-        word, base, pieces, piece, times = line.split()
-        starts = np.arange(int(pieces), dtype=np.uint64) * np.uint64(piece)
-        # Slots are where they are: a set of its own each time, out of all of the memory.
-        slots = rng.permutation(len(mine) // int(piece))[: int(pieces)].astype(np.uint64)
-        posts = cut(
-            slots * np.uint64(piece) + np.uint64(mine.ctypes.data), starts + np.uint64(base),
-            np.full(int(pieces), int(piece), np.uint64), np.arange(int(pieces)), device=0,
+    with ThreadPoolExecutor(len(movers)) as pool:
+        for line in sys.stdin:
+            word, base, pieces, piece, times, many = line.split()
+            starts = np.arange(int(pieces), dtype=np.uint64) * np.uint64(piece)
+            # Slots are where they are: a set of its own each time, out of all of the memory.
+            slots = rng.permutation(len(mine) // int(piece))[: int(pieces)].astype(np.uint64)
+            posts = cut(
+                slots * np.uint64(piece) + np.uint64(mine.ctypes.data), starts + np.uint64(base),
+                np.full(int(pieces), int(piece), np.uint64), np.arange(int(pieces)), device=0,
+            )  # fmt: skip
+            began = time.perf_counter()
+            each = [
+                pool.submit(bare_posts, *mover, posts[which :: int(many)] * int(times), word)
+                for which, mover in enumerate(movers[: int(many)])
+            ]
+            for one in each:
+                one.result()
+            print(time.perf_counter() - began, flush=True)
+
+
+def bare_posts(agent: Agent, peer: str, posts: list[Post], word: str) -> None:
+    """One after the other."""
+    for post in posts:
+        handle, state = agent.post(
+            read=word == "read", peer=peer, local=post.local, remote=post.remote,
+            memory=Memory.DRAM,
         )  # fmt: skip
-        began = time.perf_counter()
-        for _ in range(int(times)):
-            for post in posts:
-                handle, state = agent.post(
-                    read=word == "read", peer=peer, local=post.local, remote=post.remote,
-                    memory=Memory.DRAM,
-                )  # fmt: skip
-                while state is State.RUNNING:
-                    state = agent.state(handle)
-                assert state is State.DONE
-                agent.release(handle)
-        print(time.perf_counter() - began, flush=True)
+        while state is State.RUNNING:
+            state = agent.state(handle)
+        assert state is State.DONE
+        agent.release(handle)
 
 
 class Bare:
-    def __init__(self, transfer: NixlTransfer, memory_bytes: int) -> None:
+    def __init__(self, transfer: NixlTransfer, memory_bytes: int, agents: int) -> None:
         assert transfer._agent is not None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.nixl", "--bare"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._ask(f"{transfer._agent.metadata().hex()} {memory_bytes}")
+        self._ask(f"{transfer._agent.metadata().hex()} {memory_bytes} {agents}")
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -105,9 +122,9 @@ class Bare:
         return self._process.stdout.readline()
 
     def seconds(
-        self, word: str, address: int, *, pieces: int, piece_bytes: int, times: int
+        self, word: str, address: int, *, pieces: int, piece_bytes: int, times: int, agents: int
     ) -> float:
-        return float(self._ask(f"{word} {address} {pieces} {piece_bytes} {times}"))
+        return float(self._ask(f"{word} {address} {pieces} {piece_bytes} {times} {agents}"))
 
     def close(self) -> None:
         self._process.terminate()
@@ -175,16 +192,18 @@ async def moves(transfer: NixlTransfer, requests: Requests, ahead: int) -> float
 class Bench:
     """One hub, one client, the bare process, and what was measured."""
 
-    def __init__(self, client: AsyncClient, hub: ServerProcess, blocks: Blocks, batch: int) -> None:
+    def __init__(
+        self, client: AsyncClient, hub: ServerProcess, blocks: Blocks, batch: int, agents: int
+    ) -> None:
         transfer = client.session.link.transfer
         assert isinstance(transfer, NixlTransfer)
         assert transfer._ring is not None
         self.transfer, self.ring, self.direct = transfer, transfer._ring, transfer.direct
-        self.blocks, self.batch, self.hub = blocks, batch, hub
+        self.blocks, self.batch, self.hub, self.agents = blocks, batch, hub, agents
         self.size = batch * blocks.payload_bytes
         self.source, self.out = blocks.out(batch), blocks.out(batch)
         self.source[:] = np.random.default_rng(1).integers(0, 256, blocks.shape, np.uint8)
-        self.ratios: dict[str, list[float]] = {}
+        self.ratios: dict[str, list[tuple[float, float]]] = {}
         self.speeds: dict[str, list[float]] = {}
         self.cpu_ms: dict[str, list[float]] = {}
         pieces = (
@@ -195,17 +214,21 @@ class Bench:
         }  # fmt: skip
 
     def start_bare(self, host_bytes: int) -> None:
-        self.bare_process = Bare(self.transfer, host_bytes)
+        self.bare_process = Bare(self.transfer, host_bytes, self.agents)
 
-    def bare(self, word: str) -> float:
+    def bare(self, word: str) -> tuple[float, float]:
+        """Seconds of one agent, and of as many as the hub has."""
         memory = self.source if word == "read" else self.out
         address = int(memory.ctypes.data) if self.direct else self.ring.address
-        return self.bare_process.seconds(word, address, **self._shape)
+        many = self.bare_process.seconds(word, address, agents=self.agents, **self._shape)
+        return self.bare_process.seconds(word, address, agents=1, **self._shape), many
 
-    def note(self, name: str, seconds: float, bare: float, cpu_s: float) -> None:
-        self.ratios.setdefault(name, []).append(bare / seconds)
+    def note(self, name: str, seconds: float, bare: tuple[float, float], cpu_s: float) -> None:
+        self.ratios.setdefault(name, []).append((bare[0] / seconds, bare[1] / seconds))
         self.speeds.setdefault(name, []).append(self.size / seconds / 1e9)
-        self.speeds.setdefault("bare " + name.split()[1], []).append(self.size / bare / 1e9)
+        for which, spent in zip(("bare ", "bare* "), bare, strict=True):
+            speeds = self.speeds.setdefault(which + name.split()[1], [])
+            speeds.append(self.size / spent / 1e9)
         self.cpu_ms.setdefault(name, []).append(cpu_s * 1e3 * (1 << 20) / self.size)
 
     def cpu_s(self) -> float:
@@ -259,19 +282,23 @@ class Bench:
         return staged_requests(self.transfer, op, work, self.ring)
 
 
-async def measure(rounds: int, block_bytes: int, batch: int, ahead: int, *, direct: bool) -> None:
+async def measure(
+    rounds: int, block_bytes: int, batch: int, ahead: int, agents: int, *, direct: bool
+) -> None:
     blocks = Blocks(layers=8, heads=4, page_bytes=block_bytes // (8 * 4 * 8))
     size = batch * blocks.payload_bytes
     host_bytes = 4 * size + (256 << 20)
     with (
         tempfile.TemporaryDirectory() as directory,
-        start_server(Path(directory), host_bytes=host_bytes, nixl_enabled="true") as server,
+        start_server(
+            Path(directory), host_bytes=host_bytes, nixl_enabled="true", nixl_agents=agents
+        ) as server,
     ):
         await asyncio.to_thread(wait_resident, server)
         async with AsyncClient.connect(
             server.address, transport="nixl", deadline_s=60, direct=direct
         ) as client:
-            bench = Bench(client, server, blocks, batch)
+            bench = Bench(client, server, blocks, batch, agents)
             if direct:
                 await client.register(bench.source)
                 await client.register(bench.out)
@@ -286,11 +313,13 @@ async def measure(rounds: int, block_bytes: int, batch: int, ahead: int, *, dire
                 bench.bare_process.close()
     print(machine.facts())
     print(f"{batch} blocks of {blocks.payload_bytes >> 20} MiB, {POST_BYTES >> 20} MiB a post,"
-          f" {rounds} rounds, {ahead} moves ahead, {'direct' if direct else 'staged'}")  # fmt: skip
+          f" {rounds} rounds, {ahead} moves ahead, {agents} agents,"
+          f" {'direct' if direct else 'staged'}")  # fmt: skip
     for name, found in sorted(bench.speeds.items()):
         line = f"{name:12} {statistics.median(found):6.2f} GB/s"
         if name in bench.ratios:
-            line += f"  {statistics.median(bench.ratios[name]):.2f} of bare,"
+            one, many = map(statistics.median, zip(*bench.ratios[name], strict=True))
+            line += f"  {one:.2f} of bare, {many:.2f} of bare*,"
             line += f" {statistics.median(bench.cpu_ms[name]):.2f} ms of a core per MiB"
         print(line)
 
@@ -301,6 +330,7 @@ def main() -> int:
     parser.add_argument("--block-mib", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ahead", type=int, default=3)
+    parser.add_argument("--agents", type=int, default=0, help="nixl_agents of the hub")
     parser.add_argument("--direct", action="store_true", help="without staging")
     parser.add_argument("--bare", action="store_true", help="the second process")
     options = parser.parse_args()
@@ -308,8 +338,9 @@ def main() -> int:
         bare_process()
     else:
         block_bytes = options.block_mib << 20
+        agents = options.agents or agents_for(os.cpu_count() or 1, rdma_devices())
         work = measure(
-            options.rounds, block_bytes, options.batch, options.ahead, direct=options.direct
+            options.rounds, block_bytes, options.batch, options.ahead, agents, direct=options.direct
         )
         asyncio.run(work)
     return 0

@@ -86,6 +86,13 @@ class Settings:
         pairs,
         _NIXL,
     )
+    nixl_agents: int = option(
+        0,
+        "agents that move, each a thread of its own; 0: one where there is an RDMA device, else one"
+        " a core and at most 4",
+        count(0, 16),
+        _NIXL,
+    )
     nixl_move_ms: int = option(
         10_000, "how long one move may take before it fails", count(1, MS_MAX), _NIXL
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from kvproto.rdma import rdma_devices
 from kvserver.config import Settings
 from kvserver.observe import logs
 from kvserver.runtime.moves import Moves
@@ -13,6 +15,14 @@ from kvserver.runtime.node import Node
 from kvserver.tiers.host import HostArena
 from kvserver.tiers.liveness import Liveness
 from kvserver.transfer.nixl.process import AgentProcess
+
+AGENTS_MAX = 4  # what `nixl_agents` 0 stands for at most
+
+
+def agents_for(cores: int, rdma: Sequence[str]) -> int:
+    """How many agents move. Without RDMA their threads copy, each on a core; an adapter needs one,
+    and each pins the arena for itself."""
+    return 1 if rdma else min(AGENTS_MAX, cores)
 
 
 def start_agent(
@@ -31,6 +41,7 @@ def start_agent(
         command=[sys.executable, "-m", "kvserver.nixl_worker"],
         backend=settings.nixl_backend,
         params=dict(pair.split("=", 1) for pair in settings.nixl_params),
+        agents=settings.nixl_agents or agents_for(os.cpu_count() or 1, rdma_devices()),
         stuck_s=settings.nixl_rebuild_ms / 1000,
         nice=settings.tcp_worker_nice,
         report=report,

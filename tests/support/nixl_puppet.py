@@ -1,25 +1,32 @@
 """A nixl worker whose library is a puppet: python -m tests.support.nixl_puppet FD
 
 Its backend says what a transfer does: `fill` writes sevens into what it reads into and is done,
-`run` never ends, `hang` does not come back from the post, `none` cannot be made.
+`run` never ends, `hang` does not come back from the post, `hang c-5` not with the peer c-5, `pair`
+comes back when another agent posts as well, `none` cannot be made. With `second` the second agent
+refuses a peer the first time, and each refuses one that it has.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import time
 
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
 from kvserver.transfer.nixl.worker import Setup, serve
 
+_pair = threading.Barrier(2)
+
 
 class Puppet:
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, number: int) -> None:
         if setup.backend == "none":
             raise NixlError("NIXL has no backend 'none'")
         self.name = setup.name
-        self._does = setup.backend
+        self._does, _, self._only = setup.backend.partition(" ")
+        self._refuses = self._does == "second" and number == 1
+        self._peers: set[str] = set()
 
     def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None: ...
 
@@ -27,17 +34,26 @@ class Puppet:
         return b""
 
     def add_peer(self, metadata: bytes) -> str:
-        return metadata.decode()
+        name = metadata.decode()
+        if self._does == "second":
+            if self._refuses or name in self._peers:
+                self._refuses = False
+                raise NixlError("refused" if name not in self._peers else "it is known already")
+            self._peers.add(name)
+        return name
 
-    def drop_peer(self, name: str) -> None: ...
+    def drop_peer(self, name: str) -> None:
+        self._peers.discard(name)
 
     def progress(self) -> None: ...
 
     def post(
         self, *, read: bool, peer: str, local: Descriptors, remote: Descriptors, memory: Memory
     ) -> tuple[int, State]:
-        if self._does == "hang":
+        if self._does == "hang" and self._only in ("", peer):
             time.sleep(600)
+        if self._does == "pair":
+            _pair.wait(60)
         if self._does == "run":
             return 1, State.RUNNING
         if read:

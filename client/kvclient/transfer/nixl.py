@@ -53,7 +53,7 @@ from kvproto.frames import PERMIT_BYTES, Op, Status
 from kvproto.v1 import kvserver_pb2 as pb
 
 BACKEND = "UCX"
-DIRECT_BYTES = 32 << 20  # of one move without staging
+DIRECT_BYTES = 64 << 20  # of one move without staging
 TAKE_S = 10.0
 ATTACH_S = 5.0
 REPLY_S = 1.0  # what a Move's answer may take beyond the move

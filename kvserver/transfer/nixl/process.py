@@ -102,6 +102,7 @@ class AgentProcess:
         command: Sequence[str],
         backend: str,
         params: Mapping[str, str],
+        agents: int,
         stuck_s: float,
         nice: int,
         report: Callable[[str, BaseException], object],
@@ -114,6 +115,7 @@ class AgentProcess:
         self._command = command
         self._backend = backend
         self._params = dict(params)
+        self._agents = agents
         self._stuck_s = stuck_s
         self._nice = nice
         self._lost: Callable[[], object] = lambda: None
@@ -191,6 +193,7 @@ class AgentProcess:
             file_bytes=self._arena.file_bytes,
             backend=self._backend,
             params=self._params,
+            agents=self._agents,
             stuck_s=self._stuck_s,
             nice=self._nice,
         )

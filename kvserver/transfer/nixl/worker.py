@@ -1,12 +1,12 @@
-"""The nixl worker: a process that maps the arena, owns the agent, and hashes what arrived.
+"""The nixl worker: a process that maps the arena, owns the agents, and hashes what arrived.
 
-    main thread      orders of the hub, and `NixlAgent.step`, in turns
+    main thread      orders of the hub: what there is to move goes into `Jobs`
+    lanes            threads with an agent each, which move it, hash it and answer
     wiring thread    answers UCX while connections are made, and does not step back as the others do
-    checking thread  hashes what was read into slots while the rest still moves, and answers
     watching thread  ends the process when the hub is gone
 
 Rules:
- 1. It writes into slots, by the agent, and nowhere else in the arena. It knows no permits and no
+ 1. It writes into slots, by its agents, and nowhere else in the arena. It knows no permits and no
     sessions: the hub has looked at those, and at each slot, before it sends a Work; the worker
     looks at the slot's words again before each post and after the last.
  2. It holds the lock of the arena's directory, as the hub does: a later epoch is proof for clients
@@ -20,32 +20,32 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import numpy as np
 
-from kvproto.frames import Place
 from kvproto.nixlib import Agent, NixlError
 from kvserver.tiers import syscalls
-from kvserver.transfer.nixl.agent import Job, Mover, NixlAgent, Stuck
+from kvserver.transfer.nixl.agent import Mover, NixlAgent, Stuck
+from kvserver.transfer.nixl.jobs import Job, Jobs
+from kvserver.transfer.nixl.lane import Lane
 from kvserver.transfer.nixl.messages import (
     SETUP_BYTES,
     Attach,
     Attached,
     End,
-    Ended,
     Frames,
     Kind,
+    Totals,
     frame,
     number_of,
 )
@@ -54,6 +54,7 @@ from kvserver.transfer.priority import step_back
 from kvserver.transfer.slots import Slots
 
 CLOSE_S = 5.0  # for what runs when the hub closes
+SWITCH_S = 5e-4  # a lane that comes back from a post waits so long for Python at most
 _RECEIVE_BYTES = 256 << 10
 
 
@@ -62,7 +63,8 @@ class Setup:
     """What a worker is told once. Durations in seconds."""
 
     hub: int  # its pid
-    name: str  # of the agent
+    name: str  # of the first agent, and the beginning of the others'
+    agents: int
     arena_id: str  # hexadecimal
     epoch: int
     file_bytes: int
@@ -77,18 +79,9 @@ class Setup:
         return raw.ljust(SETUP_BYTES)
 
 
-def make_agent(setup: Setup) -> Mover:
-    return Agent(setup.name, backend=setup.backend, params=setup.params, progress=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A Work's items that arrived, or, without any, that the Work has ended."""
-
-    work: Work
-    job: Job
-    items: list[int]
-    wrong: list[int]  # shared by all of one Work
+def make_agent(setup: Setup, number: int) -> Mover:
+    name = f"{setup.name}-{number}" if number else setup.name
+    return Agent(name, backend=setup.backend, params=setup.params, progress=False)
 
 
 class Worker:
@@ -99,17 +92,16 @@ class Worker:
         end: socket.socket,
         *,
         before_post: Callable[[], None] = lambda: None,
-        make: Callable[[Setup], Mover] = make_agent,
+        make: Callable[[Setup, int], Mover] = make_agent,
     ) -> None:
         self._end = end
         self._before_post = before_post
         self._make = make
-        self._agents = threading.Lock()  # held by who calls the agent
         self._wiring = threading.Event()
         self._sending = threading.Lock()
-        self._checks: queue.SimpleQueue[_Checked | None] = queue.SimpleQueue()
-        self._jobs: dict[int, Job] = {}
-        self._close_at: float | None = None
+        self._jobs = Jobs()
+        self._begun: dict[int, Job] = {}  # by number of the Work
+        self._lanes: list[Lane] = []
 
     def run(self) -> None:
         raw, fds, _, _ = socket.recv_fds(self._end, SETUP_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
@@ -122,98 +114,97 @@ class Worker:
             arena_fd, setup.file_bytes, arena_id=bytes.fromhex(setup.arena_id), epoch=setup.epoch
         )
         os.close(arena_fd)
+        self._data = np.frombuffer(self._slots.data, np.uint8)
         threading.Thread(target=self._watch, name="nixl-watch", daemon=True).start()
         try:
-            mover = self._make(setup)
-            self._agent = NixlAgent(
-                mover, np.frombuffer(self._slots.data, np.uint8), stuck_s=setup.stuck_s,
-                note=self._note, before_post=self._before_post,
-            )  # fmt: skip
+            movers = [self._make(setup, number) for number in range(setup.agents)]
+            self._lanes = [self._lane(*one, setup.stuck_s) for one in enumerate(movers)]
         except NixlError as error:
             self._send(Kind.REFUSED, str(error).encode())
             return
         threading.Thread(target=self._wire, name="nixl-wire", daemon=True).start()
         step_back(setup.nice)  # from here on: nobody waits longer for a hub that starts
-        checking = threading.Thread(target=self._check, name="nixl-check", daemon=True)
-        checking.start()
+        sys.setswitchinterval(SWITCH_S)
+        for lane in self._lanes:
+            lane.start()
         self._send(Kind.READY)
         try:
             self._serve()
         except Exception as error:
             self._fail(error)
-        self._checks.put(None)
-        checking.join()
-        if not self._agent.in_flight:
-            mover.close()
+        self._jobs.close()
+        limit = time.monotonic() + CLOSE_S
+        for lane, mover in zip(self._lanes, movers, strict=True):
+            if lane.ended(max(0.0, limit - time.monotonic())):
+                mover.close()
 
-    # ---- the main thread -----------------------------------------------------------------------
+    def _lane(self, number: int, mover: Mover, stuck_s: float) -> Lane:
+        agent = NixlAgent(
+            mover, self._data, self._jobs, number=number, stuck_s=stuck_s, note=self._note,
+            before_post=self._before_post,
+        )  # fmt: skip
+        return Lane(number, agent, self._jobs, wiring=self._wiring, fail=self._fail)
+
+    # ---- orders --------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        frames, orders = Frames(), deque[tuple[Kind, bytes]]()
-        moved = False
-        while self._close_at is None or (
-            self._agent.in_flight and time.monotonic() < self._close_at
-        ):
-            pause = 0.0 if moved or orders else self._agent.pause_s
-            if select.select([self._end], [], [], pause)[0]:
-                raw = self._end.recv(_RECEIVE_BYTES)
-                if not raw:
-                    os._exit(0)  # the hub is gone
-                orders += frames.feed(raw)
-            moved = bool(orders)
-            with self._agents:
-                if orders:  # one: the first Work is moved before the second is cut into posts
-                    self._obey(*orders.popleft())
-                moved |= self._agent.step()
-                if self._agent.wiring is not None:
-                    self._wiring.set()
+        """Until the hub says CLOSE."""
+        frames = Frames()
+        while True:
+            raw = self._end.recv(_RECEIVE_BYTES)
+            if not raw:
+                os._exit(0)  # the hub is gone
+            for kind, payload in frames.feed(raw):
+                if kind is Kind.CLOSE:
+                    return
+                self._obey(kind, payload)
 
     def _obey(self, kind: Kind, payload: bytes) -> None:
         match kind:
             case Kind.MOVE:
                 self._begin(Work.decode(payload))
             case Kind.STOP:
-                if job := self._jobs.get(number_of(payload)):
-                    job.stop()
+                if job := self._begun.get(number_of(payload)):
+                    self._jobs.stop(job)
             case Kind.ATTACH:
                 told = Attach.decode(payload)
                 reason = ""
                 try:
-                    self._agent.attach(told.client, told.metadata, told.prefix)
+                    self._attach(told)
                 except NixlError as error:
                     reason = str(error)
                 self._send(Kind.ATTACHED, Attached(told.ask, reason).encode())
             case Kind.DETACH:
                 try:
-                    self._agent.detach(number_of(payload))
+                    self._detach(number_of(payload))
                 except NixlError as error:
                     self._note("nixl_detach", str(error))
             case Kind.PING:
+                for lane in self._lanes:
+                    lane.ask(lambda agent: None)
                 self._send(Kind.PONG, payload)
-            case Kind.CLOSE:
-                self._close_at = time.monotonic() + CLOSE_S
-                self._agent.close()
             case _:
                 raise AssertionError(kind)
 
+    def _attach(self, told: Attach) -> None:
+        """By every lane or by none."""
+        try:
+            for lane in self._lanes:
+                lane.ask(lambda agent: agent.attach(told.client, told.metadata, told.prefix))
+        except NixlError:
+            if not self._jobs.knows(told.client):
+                self._detach(told.client)
+            raise
+        self._jobs.admit(told.client)
+
+    def _detach(self, client: int) -> None:
+        self._jobs.forget(client)
+        for lane in self._lanes:
+            lane.ask(lambda agent: agent.detach(client))
+
     def _begin(self, work: Work) -> None:
         places = work.places()
-        wrong: list[int] = []
-
-        def current(item: int) -> bool:
-            return self._holds(work, places[item])
-
-        def arrived(items: list[int]) -> None:
-            if work.read:
-                self._checks.put(_Checked(work, job, items, wrong))
-
-        def ended(job: Job) -> None:
-            self._jobs.pop(work.number, None)
-            if work.read:
-                self._checks.put(_Checked(work, job, [], wrong))
-            else:
-                self._answer(work, job)
-
+        holds = self._slots.reserved if work.read else self._slots.current
         for place in places:
             assert self._slots.within(place), place
             self._slots.map_in(place)
@@ -221,60 +212,36 @@ class Worker:
             client=work.client,
             read=work.read,
             memory=work.memory,
-            posts=work.posts(self._agent.base),
+            posts=work.posts(int(self._data.ctypes.data)),
             outcomes=np.zeros(work.slots, np.uint8),
-            current=current,
-            ended=ended,
-            arrived=arrived,
+            current=lambda item: holds(places[item]),
+            ended=lambda job: self._ended(work.number, job),
         )
-        self._jobs[work.number] = job
-        self._agent.submit(job)
+        if work.read:
+            job.wrong = lambda items: work.wrong(self._data, items)
+        self._begun[work.number] = job
+        self._jobs.submit(job)
 
-    def _holds(self, work: Work, place: Place) -> bool:
-        slots = self._slots
-        return slots.reserved(place) if work.read else slots.current(place)
+    def _ended(self, number: int, job: Job) -> None:
+        self._begun.pop(number, None)
+        each = [lane.agent.totals for lane in self._lanes]
+        totals = Totals(*map(sum, zip(*each, strict=True)))
+        self._send(Kind.ENDED, End(number, totals, job.outcomes).encode())
 
     # ---- the wiring thread ---------------------------------------------------------------------
 
     def _wire(self) -> None:
         try:
             while self._wiring.wait():
-                with self._agents:
-                    self._agent.wire()
-                    pause = self._agent.wiring
-                if pause is None:
-                    self._wiring.clear()
-                else:
-                    time.sleep(pause)
+                self._wiring.clear()
+                pauses = [pause for lane in self._lanes if (pause := lane.wire()) is not None]
+                if pauses:
+                    self._wiring.set()
+                    time.sleep(min(pauses))
         except Exception as error:
             self._fail(error)
-
-    # ---- the checking thread -------------------------------------------------------------------
-
-    def _check(self) -> None:
-        try:
-            self._check_all()
-        except Exception as error:
-            self._fail(error)
-
-    def _check_all(self) -> None:
-        data = np.frombuffer(self._slots.data, np.uint8)
-        while (checked := self._checks.get()) is not None:
-            work, job = checked.work, checked.job
-            if checked.items:
-                checked.wrong.extend(work.wrong(data, checked.items))
-                continue
-            places = work.places() if checked.wrong else []
-            for item in checked.wrong:
-                if job.outcomes[item] == Ended.OK:
-                    held = self._holds(work, places[item])
-                    job.outcomes[item] = Ended.CORRUPT if held else Ended.STALE
-            self._answer(work, job)
 
     # ---- the hub -------------------------------------------------------------------------------
-
-    def _answer(self, work: Work, job: Job) -> None:
-        self._send(Kind.ENDED, End(work.number, self._agent.totals, job.outcomes).encode())
 
     def _note(self, event: str, reason: str) -> None:
         self._send(Kind.NOTE, json.dumps([event, reason]).encode())
@@ -304,7 +271,7 @@ class Worker:
         os._exit(0)
 
 
-def serve(fd: int, *, before_post: Callable[[], None], make: Callable[[Setup], Mover]) -> None:
+def serve(fd: int, *, before_post: Callable[[], None], make: Callable[[Setup, int], Mover]) -> None:
     """All of a worker's process, over the socket that it inherited."""
     # A signal to the whole group is for the hub, which still has transfers to end.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""The agent: turns, terminal states, lost slots and the transfer that does not end.
+"""Agents of a worker: turns, terminal states, lost slots, checks, the transfer that does not end.
 
 NIXL itself is stood in for by an agent whose transfers end when the test says so; the real one is
 used in `tests/contract/test_nixl.py`.
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
-from kvserver.transfer.nixl.agent import POSTS_PER_CLIENT, Job, NixlAgent, Stuck
+from kvserver.transfer.nixl.agent import POSTS_PER_CLIENT, NixlAgent, Stuck
+from kvserver.transfer.nixl.jobs import JOIN_POSTS, Job, Jobs
 from kvserver.transfer.nixl.messages import Ended
 from kvserver.transfer.nixl.posts import cut
 
@@ -75,19 +76,26 @@ class Puppet:
 
 
 class Bench:
-    """A NixlAgent over a Puppet, a clock, and jobs for it."""
+    """A NixlAgent over a Puppet, a clock, and jobs for it. `other` is a second agent of them."""
 
     def __init__(self) -> None:
         self.area = np.zeros(AREA_BYTES, np.uint8)
-        self.puppet = Puppet()
+        self.puppet, self.others = Puppet(), Puppet()
         self.lost: set[int] = set()
-        self.arrived: list[list[int]] = []
+        self.checked: list[list[int]] = []
+        self.bad: set[int] = set()  # items that do not match their checksums
         self.ended: list[Job] = []
         self.notes: list[str] = []
         self.now = 100.0
-        self.agent = NixlAgent(
-            self.puppet,
+        self.jobs = Jobs()
+        self.agent, self.other = self._agent(self.puppet, 0), self._agent(self.others, 1)
+
+    def _agent(self, puppet: Puppet, number: int) -> NixlAgent:
+        return NixlAgent(
+            puppet,
             self.area,
+            self.jobs,
+            number=number,
             stuck_s=STUCK_S,
             note=lambda event, reason: self.notes.append(event),
             clock=lambda: self.now,
@@ -95,7 +103,13 @@ class Bench:
 
     def attach(self, *clients: int) -> None:
         for client in clients:
-            self.agent.attach(client, f"c-{client}".encode(), "c-")
+            for agent in (self.agent, self.other):
+                agent.attach(client, f"c-{client}".encode(), "c-")
+            self.jobs.admit(client)
+
+    def _wrong(self, items: list[int]) -> list[int]:
+        self.checked.append(items)
+        return [item for item in items if item in self.bad]
 
     def job(self, client: int, items: int = 1, posts: int = 1) -> Job:
         """Submitted."""
@@ -105,7 +119,7 @@ class Bench:
             read=True,
             memory=Memory.DRAM,
             posts=cut(
-                pieces + np.uint64(self.agent.base),
+                pieces + np.uint64(self.area.ctypes.data),
                 pieces,
                 np.full(posts, PIECE, np.uint64),
                 np.arange(posts) % items,
@@ -115,9 +129,9 @@ class Bench:
             outcomes=np.zeros(items, np.uint8),
             current=lambda item: item not in self.lost,
             ended=self.ended.append,
-            arrived=self.arrived.append,
+            wrong=self._wrong,
         )
-        self.agent.submit(job)
+        self.jobs.submit(job)
         return job
 
     def steps(self) -> None:
@@ -151,28 +165,69 @@ def test_a_job_ends_when_all_its_posts_are_done(bench: Bench) -> None:
     assert bench.agent.pause_s is None
 
 
-def test_an_item_has_arrived_with_the_last_of_its_posts(bench: Bench) -> None:
+def test_an_item_is_checked_with_the_last_of_its_posts(bench: Bench) -> None:
     bench.attach(1)
     bench.puppet.at_once = False
     job = bench.job(1, items=2, posts=4)  # of items 0, 1, 0, 1
     bench.steps()
     bench.finish(1)
     bench.finish(2)
-    assert bench.arrived == [], "half of each item"
+    assert bench.checked == [], "half of each item"
     bench.finish(3)
-    assert (bench.arrived, bench.ended) == ([[0]], []), "while the other still moves"
+    assert (bench.checked, bench.ended) == ([[0]], []), "while the other still moves"
     bench.finish(4)
-    assert (bench.arrived, bench.ended) == ([[0], [1]], [job])
+    assert (bench.checked, bench.ended) == ([[0], [1]], [job])
 
 
-def test_an_item_of_which_a_post_failed_has_not_arrived(bench: Bench) -> None:
+def test_what_does_not_match_is_corrupt_and_stale_where_its_slot_is_gone(bench: Bench) -> None:
+    bench.attach(1)
+    bench.puppet.at_once = False
+    bench.bad = {1, 2}
+    job = bench.job(1, items=3, posts=3)
+    bench.steps()
+    bench.finish(1)
+    bench.finish(2)
+    bench.lost = {2}
+    bench.finish(3)
+    assert bench.checked == [[0], [1], [2]]
+    assert job.outcomes.tolist() == [Ended.OK, Ended.CORRUPT, Ended.STALE]
+
+
+def test_agents_take_posts_of_one_job(bench: Bench) -> None:
+    bench.attach(1)
+    job = bench.job(1, items=2, posts=2 + JOIN_POSTS)
+    bench.agent.step()  # the first one reaches the client
+    for agent in (bench.agent, bench.other) * 10:
+        agent.step()
+    assert (len(bench.puppet.posted), len(bench.others.posted)) == (4, 2), "by turns"
+    assert (bench.ended, job.outcomes.tolist()) == ([job], [Ended.OK, Ended.OK])
+    assert bench.agent.totals == (4 * PIECE, 0, 4, 0)
+    assert bench.other.totals == (2 * PIECE, 0, 2, 0)
+
+
+def test_an_agent_whose_transfers_stand_still_leaves_the_rest_to_the_other(bench: Bench) -> None:
+    bench.attach(1)
+    job = bench.job(1, posts=20)
+    bench.agent.step()
+    bench.puppet.at_once = False
+    bench.steps()
+    while bench.other.step():
+        pass
+    assert len(bench.others.posted) == 20 - 1 - POSTS_PER_CLIENT
+    assert bench.ended == []
+    bench.finish(2)
+    bench.finish(3)
+    assert bench.ended == [job]
+
+
+def test_an_item_of_which_a_post_failed_is_not_checked(bench: Bench) -> None:
     bench.attach(1)
     bench.puppet.at_once = False
     job = bench.job(1, items=2, posts=3)  # of items 0, 1, 0
     bench.steps()
     for handle, state in ((1, State.DONE), (2, State.DONE), (3, State.FAILED)):
         bench.finish(handle, state)
-    assert (bench.arrived, bench.ended) == ([[1]], [job])
+    assert (bench.checked, bench.ended) == ([[1]], [job])
     assert job.outcomes.tolist() == [Ended.FAILED, Ended.OK]
 
 
@@ -210,7 +265,7 @@ def test_a_stopped_job_ends_only_when_what_runs_is_terminal(bench: Bench) -> Non
     bench.puppet.at_once = False
     job = bench.job(1, items=4, posts=4)
     bench.steps()
-    job.stop()
+    bench.jobs.stop(job)
     bench.steps()
     assert (bench.ended, bench.puppet.released) == ([], []), "two transfers still run"
     bench.finish(1)
@@ -219,15 +274,6 @@ def test_a_stopped_job_ends_only_when_what_runs_is_terminal(bench: Bench) -> Non
     assert bench.ended == [job]
     assert job.outcomes.tolist() == [Ended.OK, Ended.OK, Ended.FAILED, Ended.FAILED]
     assert len(bench.puppet.posted) == POSTS_PER_CLIENT, "nothing was posted after the stop"
-
-
-def test_a_job_that_is_stopped_before_its_turn_ends_at_the_next_step(bench: Bench) -> None:
-    bench.attach(1)
-    job = bench.job(1)
-    job.stop()
-    bench.steps()
-    assert bench.ended == [job]
-    assert (job.outcomes.tolist(), bench.puppet.posted) == ([Ended.FAILED], [])
 
 
 def test_a_lost_slot_is_not_posted(bench: Bench) -> None:
@@ -313,36 +359,23 @@ def test_an_agent_of_another_name_is_refused(bench: Bench) -> None:
         bench.agent.attach(1, b"c-2", "c-")
 
 
-def test_a_client_is_not_forgotten_while_a_transfer_of_it_runs(bench: Bench) -> None:
+def test_a_peer_that_is_forgotten_is_dropped(bench: Bench) -> None:
+    bench.attach(1)
+    bench.agent.detach(1)
+    assert (bench.puppet.peers, bench.others.peers) == (set(), {"c-1"})
+    bench.agent.detach(1)  # nobody by that name
+
+
+def test_after_close_what_runs_is_still_looked_at(bench: Bench) -> None:
     bench.attach(1)
     bench.puppet.at_once = False
-    bench.job(1)
-    bench.steps()
-    with pytest.raises(NixlError, match="still runs"):
-        bench.agent.detach(1)
-    bench.finish(1)
-    bench.agent.detach(1)
-    assert bench.puppet.peers == set()
-    bench.agent.detach(1)  # nobody by that name
-    late = bench.job(1)
-    assert bench.ended[-1] is late
-    assert late.outcomes.tolist() == [Ended.FAILED]
-
-
-def test_after_close_nothing_is_posted(bench: Bench) -> None:
-    bench.attach(1, 2)
-    bench.puppet.at_once = False
-    running, waiting = bench.job(1, posts=3), bench.job(1)
+    job = bench.job(1, posts=3)
     bench.agent.step()
-    bench.agent.close()
+    bench.jobs.close()
     bench.steps()
-    assert bench.ended == [waiting], "the other one still runs"
-    late = bench.job(2)
+    assert (bench.ended, bench.agent.in_flight, len(bench.puppet.posted)) == ([], 1, 1)
     bench.finish(1)
-    assert bench.ended == [waiting, late, running]
-    assert all(job.outcomes.tolist() == [Ended.FAILED] for job in bench.ended)
-    assert len(bench.puppet.posted) == 1
-    assert bench.agent.in_flight == 0
+    assert (bench.ended, bench.agent.in_flight) == ([job], 0)
 
 
 @pytest.mark.parametrize("lengths", [[1], [10, 10, 10], [100], [7, 64, 200, 1], [64] * 9])

@@ -49,7 +49,7 @@ def arena(tmp_path: Path) -> Iterator[HostArena]:
 class Hub:
     """An AgentProcess, and what it says."""
 
-    def __init__(self, arena: HostArena, does: str, stuck_s: float) -> None:
+    def __init__(self, arena: HostArena, does: str, stuck_s: float, agents: int = 2) -> None:
         self.lost = 0
         self.reports: list[str] = []
         self.agent = AgentProcess(
@@ -58,6 +58,7 @@ class Hub:
             command=[sys.executable, "-m", "tests.support.nixl_puppet"],
             backend=does,
             params={},
+            agents=agents,
             stuck_s=stuck_s,
             nice=0,
             report=lambda where, error: self.reports.append(str(error)),
@@ -70,12 +71,14 @@ class Hub:
     async def start(self) -> None:
         await self.agent.start(self._lost)
 
-    def submit(self, number: int, *, sums: list[int] | None = None) -> asyncio.Future[list[int]]:
+    def submit(
+        self, number: int, *, sums: list[int] | None = None, client: int = CLIENT
+    ) -> asyncio.Future[list[int]]:
         """Of two slots of two cells; with `sums`, of each slot's cells, they are read into."""
         over: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         checksums = None if sums is None else np.array([[s, s] for s in sums], np.uint64)
         work = Work(
-            number, CLIENT, sums is not None, Memory.DRAM, 0, 2, 1, REGION,
+            number, client, sums is not None, Memory.DRAM, 0, 2, 1, REGION,
             np.array([0, SLOT_BYTES], np.uint64), np.ones(2, np.uint64),
             np.full(2, CELL, np.uint64), np.array([[1 << 20], [2 << 20]], np.uint64), checksums,
         )  # fmt: skip
@@ -84,8 +87,10 @@ class Hub:
 
 
 @asynccontextmanager
-async def hub(arena: HostArena, does: str, stuck_s: float = 30.0) -> AsyncIterator[Hub]:
-    one = Hub(arena, does, stuck_s)
+async def hub(
+    arena: HostArena, does: str, stuck_s: float = 30.0, agents: int = 2
+) -> AsyncIterator[Hub]:
+    one = Hub(arena, does, stuck_s, agents)
     async with asyncio.timeout(60):
         try:
             await one.start()
@@ -168,6 +173,38 @@ async def test_a_silent_worker_is_killed(
         await until(lambda: one.agent.rebuilds == 1, "another one")
 
 
+async def test_agents_move_at_the_same_time(arena: HostArena) -> None:
+    async with hub(arena, "pair") as one:
+        await one.agent.attach(6, b"c-6", "c-")
+        both = one.submit(1), one.submit(2, client=6)
+        assert await asyncio.gather(*both) == [[Ended.OK, Ended.OK]] * 2
+
+
+async def test_a_post_that_does_not_come_back_holds_up_one_agent(arena: HostArena) -> None:
+    async with hub(arena, f"hang c-{CLIENT}", stuck_s=3.0) as one:
+        await one.agent.attach(6, b"c-6", "c-")
+        over = one.submit(1)
+        for number in (2, 3, 4):
+            assert await one.submit(number, client=6) == [Ended.OK, Ended.OK]
+        assert not over.done()
+        assert await over == [Ended.FAILED, Ended.FAILED], "the worker is replaced in the end"
+        assert one.agent.rebuilds == 1
+
+
+async def test_a_client_is_attached_by_every_agent_or_by_none(arena: HostArena) -> None:
+    one = Hub(arena, "second", 30.0)
+    await one.start()
+    try:
+        with pytest.raises(NixlError, match="refused"):
+            await one.agent.attach(CLIENT, b"c-5", "c-")
+        await one.agent.attach(CLIENT, b"c-5", "c-")  # the first agent had dropped it
+        with pytest.raises(NixlError, match="known already"):
+            await one.agent.attach(CLIENT, b"c-5", "c-")
+        assert await one.submit(1) == [Ended.OK, Ended.OK], "as before"
+    finally:
+        await one.agent.close()
+
+
 async def test_an_idle_worker_may_be_silent(
     arena: HostArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +219,7 @@ async def test_an_idle_worker_may_be_silent(
 
 
 async def test_a_stopped_work_ends_as_failed(arena: HostArena) -> None:
-    async with hub(arena, "run") as one:
+    async with hub(arena, "run", agents=1) as one:
         running = one.submit(1)
         waiting = [one.submit(number) for number in (2, 3)]
         one.agent.stop(3)
