@@ -2,8 +2,8 @@
 
 Its backend says what a transfer does: `fill` writes sevens into what it reads into and is done,
 `run` never ends, `hang` does not come back from the post, `hang c-5` not with the peer c-5, `pair`
-comes back when another agent posts as well, `none` cannot be made. With `second` the second agent
-refuses a peer the first time, and each refuses one that it has.
+comes back when another agent posts as well (but for the very first), `none` cannot be made. With
+`second` the second agent refuses a peer the first time, and each refuses one that it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
 from kvserver.transfer.nixl.worker import Setup, serve
 
-_pair = threading.Barrier(2)
+_pair, _first = threading.Barrier(2), threading.Lock()
 
 
 class Puppet:
@@ -53,6 +53,8 @@ class Puppet:
         if self._does == "hang" and self._only in ("", peer):
             time.sleep(600)
         if self._does == "pair":
+            if _first.acquire(blocking=False):
+                return 1, State.DONE
             _pair.wait(60)
         if self._does == "run":
             return 1, State.RUNNING

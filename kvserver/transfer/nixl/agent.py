@@ -174,7 +174,11 @@ class NixlAgent:
         if not self._running:
             return None
         newest = max(running.since for running in self._running)
-        return _POLL_S if self._clock() - newest < _SLOW_AFTER_S else _POLL_SLOW_S
+        if self._clock() - newest > _SLOW_AFTER_S:
+            return _POLL_SLOW_S
+        # Somebody else lets a connection go on: looking for it is work that keeps the interpreter.
+        wired = any(self._peers[running.job.client].wired for running in self._running)
+        return _POLL_S if wired else WIRE_S
 
     def _post_next(self) -> bool:
         here = Counter(running.job.client for running in self._running)

@@ -12,8 +12,8 @@ Rules:
     whenever that is. Callers may `stop` it, which gives out no more of it, and wait or not; what it
     may touch stays theirs to guard until `ended`.
  3. Clients take turns, a post at a time.
- 4. An agent joins a client with its first post of it, which makes a connection. The second and
-    further ones do so once the first has moved something, and only while JOIN_POSTS wait:
+ 4. An agent joins a client with its first post of it, which makes a connection. Agent 0 joins
+    everybody, others who was reached already, and only while JOIN_POSTS of a client wait:
     connections cost both sides (ADR 0016), and most clients never need another one.
  5. After the last post each item's slot is looked at once more (`current`): what is not what was
     granted any more is STALE, whatever was moved.
@@ -89,7 +89,7 @@ class _Client:
 
     def takes(self, agent: int) -> bool:
         """Rule 4."""
-        if agent in self.agents or not self.agents:
+        if agent == 0 or agent in self.agents:
             return True
         return self.reached and sum(job.left for job in self.queue) >= JOIN_POSTS
 

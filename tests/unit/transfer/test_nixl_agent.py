@@ -337,6 +337,7 @@ def test_somebody_has_to_wire_until_the_first_transfer_is_done(bench: Bench) -> 
     soon = bench.agent.wiring
     assert soon is not None
     assert soon <= 1e-3
+    assert bench.agent.pause_s == soon, "its own thread need not hurry meanwhile"
     bench.agent.wire()
     assert bench.puppet.progressed == 1
     bench.now += STUCK_S / 2
@@ -346,6 +347,8 @@ def test_somebody_has_to_wire_until_the_first_transfer_is_done(bench: Bench) -> 
     bench.finish(1)
     assert bench.agent.in_flight
     assert bench.agent.wiring is None
+    assert bench.agent.pause_s is not None
+    assert bench.agent.pause_s < soon
 
 
 def test_an_agent_of_another_name_is_refused(bench: Bench) -> None:

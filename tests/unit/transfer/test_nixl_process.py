@@ -27,6 +27,7 @@ from kvserver.tiers.host import HostArena
 from kvserver.tiers.lock import LOCK_NAME, DirectoryLock
 from kvserver.transfer.base import TransferError
 from kvserver.transfer.nixl import process as processes
+from kvserver.transfer.nixl.jobs import JOIN_POSTS
 from kvserver.transfer.nixl.messages import Ended
 from kvserver.transfer.nixl.process import AgentProcess
 from kvserver.transfer.nixl.work import Work
@@ -175,17 +176,18 @@ async def test_a_silent_worker_is_killed(
 
 async def test_agents_move_at_the_same_time(arena: HostArena) -> None:
     async with hub(arena, "pair") as one:
-        await one.agent.attach(6, b"c-6", "c-")
-        both = one.submit(1), one.submit(2, client=6)
-        assert await asyncio.gather(*both) == [[Ended.OK, Ended.OK]] * 2
+        assert await one.submit(1) == [Ended.OK, Ended.OK]
+        pairs = [one.submit(number) for number in range(2, JOIN_POSTS + 4)]
+        assert await asyncio.gather(*pairs) == [[Ended.OK, Ended.OK]] * (JOIN_POSTS + 2)
 
 
 async def test_a_post_that_does_not_come_back_holds_up_one_agent(arena: HostArena) -> None:
     async with hub(arena, f"hang c-{CLIENT}", stuck_s=3.0) as one:
         await one.agent.attach(6, b"c-6", "c-")
-        over = one.submit(1)
-        for number in (2, 3, 4):
-            assert await one.submit(number, client=6) == [Ended.OK, Ended.OK]
+        assert await one.submit(1, client=6) == [Ended.OK, Ended.OK], "it is reached"
+        over = one.submit(2)
+        others = [one.submit(number, client=6) for number in range(3, JOIN_POSTS + 5)]
+        assert await asyncio.gather(*others) == [[Ended.OK, Ended.OK]] * (JOIN_POSTS + 2)
         assert not over.done()
         assert await over == [Ended.FAILED, Ended.FAILED], "the worker is replaced in the end"
         assert one.agent.rebuilds == 1
