@@ -37,6 +37,7 @@ class Lane:
         self._wiring = wiring
         self._fail = fail
         self._stepping = threading.Lock()
+        self._connecting = False  # after the last step
         self._orders: queue.SimpleQueue[tuple[Order, Future[None]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"nixl-lane-{number}", daemon=True)
 
@@ -58,6 +59,8 @@ class Lane:
 
     def wire(self) -> float | None:
         """From another thread: `NixlAgent.wire`, and in how many seconds again."""
+        if not self._connecting:
+            return None
         if not self._stepping.acquire(timeout=WIRE_S):
             return WIRE_S  # it is in a step, which lets its connections go on as well
         try:
@@ -74,7 +77,8 @@ class Lane:
                 with self._stepping:
                     self._obey()
                     moved = self.agent.step()
-                    if self.agent.wiring is not None:
+                    self._connecting = self.agent.wiring is not None
+                    if self._connecting:
                         self._wiring.set()
                     pause_s = self.agent.pause_s
                 if not moved:
