@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.budget import ticks_of
 from kvclient import (
     AsyncClient,
     InvalidArgument,
@@ -30,6 +31,7 @@ from kvproto.grid import Region
 from kvproto.v1 import kvserver_pb2 as pb
 from tests.contract.conftest import eventually
 from tests.contract.oracle import check_all, cut, fresh, random_region
+from tests.contract.peer import Peer
 from tests.support.server import ServerError, ServerProcess, start_server
 
 pytestmark = pytest.mark.skipif(
@@ -364,6 +366,22 @@ async def test_an_agent_of_another_name_is_refused(hub: ServerProcess) -> None:
         with pytest.raises(Unavailable, match="must begin with"):
             await client.session.rpc("Attach", request, Deadline(5))
         agent.close()
+
+
+async def test_who_attached_and_moves_nothing_rests(
+    hub: ServerProcess, client: AsyncClient
+) -> None:
+    """While others move: UCX's thread in it spins for as long as its connection is half made."""
+    blocks = fresh()
+    namespace = await client.open_namespace(blocks.spec)
+    first, second = blocks.chain(1, 2)
+    await namespace.push([first], blocks.payloads([first]))
+    with Peer(hub.address, "write", 1, "nixl", ttl_s=25.0) as peer:
+        assert await asyncio.to_thread(peer.says) == "reserved 1"
+        await namespace.push([second], blocks.payloads([second]))
+        before = ticks_of(peer.pid)
+        await asyncio.sleep(1.0)
+        assert ticks_of(peer.pid) - before < 0.3 * os.sysconf("SC_CLK_TCK")
 
 
 async def test_a_client_that_maps_the_arena_cannot_attach_too(hub: ServerProcess) -> None:

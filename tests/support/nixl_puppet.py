@@ -2,8 +2,8 @@
 
 Its backend says what a transfer does: `fill` writes sevens into what it reads into and is done,
 `run` never ends, `hang` does not come back from the post, `hang c-5` not with the peer c-5, `pair`
-comes back when another agent posts as well (but for the very first), `none` cannot be made. With
-`second` the second agent refuses a peer the first time, and each refuses one that it has.
+comes back when another agent posts as well (but for the very first), `wire` is done if there was
+progress since a peer was added, `none` cannot be made. With `second` the second agent adds no peer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Puppet:
         self.name = setup.name
         self._does, _, self._only = setup.backend.partition(" ")
         self._refuses = self._does == "second" and number == 1
-        self._peers: set[str] = set()
+        self._wired = False
 
     def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None: ...
 
@@ -34,18 +34,15 @@ class Puppet:
         return b""
 
     def add_peer(self, metadata: bytes) -> str:
-        name = metadata.decode()
-        if self._does == "second":
-            if self._refuses or name in self._peers:
-                self._refuses = False
-                raise NixlError("refused" if name not in self._peers else "it is known already")
-            self._peers.add(name)
-        return name
+        if self._refuses:
+            raise NixlError("refused")
+        self._wired = False
+        return metadata.decode()
 
-    def drop_peer(self, name: str) -> None:
-        self._peers.discard(name)
+    def drop_peer(self, name: str) -> None: ...
 
-    def progress(self) -> None: ...
+    def progress(self) -> None:
+        self._wired = True
 
     def post(
         self, *, read: bool, peer: str, local: Descriptors, remote: Descriptors, memory: Memory
@@ -58,6 +55,8 @@ class Puppet:
             _pair.wait(60)
         if self._does == "run":
             return 1, State.RUNNING
+        if self._does == "wire" and not self._wired:
+            return 1, State.FAILED
         if read:
             for address, size, _ in local.tolist():
                 ctypes.memset(address, 7, size)

@@ -12,9 +12,10 @@ Rules:
  2. Before each post its items' slots are looked at (`Job.lost`): what was lost is not written. What
     was pushed is checked here, by the thread that copied its last bytes, while others copy on.
  3. A client has at most POSTS_PER_CLIENT in flight here: one that is stopped holds up nobody else.
- 4. The first transfer with a peer makes the connection, and both sides have to take part in that.
-    Until it is DONE, `wiring` tells how soon somebody with a core should `wire`: UCX's thread in a
-    client spins until its side has been answered, and so takes the core that the answer needs.
+ 4. Who attaches begins a connection, in which both sides have to take part by turns: UCX's thread
+    in a client spins from our first answer until the next one, and takes the core that this needs.
+    Any step may give the first. So until a transfer with a peer is DONE, which is all that tells
+    that it is connected, `wiring` says how soon somebody with a core should `wire`.
  5. A post that has not become terminal in `stuck_s` is `Stuck`: no call of the library is known to
     end it for certain, the end of the process is.
 """
@@ -32,14 +33,16 @@ import numpy.typing as npt
 
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
 from kvserver.transfer.nixl.jobs import Job, Jobs
-from kvserver.transfer.nixl.messages import Ended, Totals
+from kvserver.transfer.nixl.messages import Attach, Ended, Totals
 from kvserver.transfer.nixl.posts import Post
 
 POSTS_PER_CLIENT = 2
 _POLL_S = 50e-6
 _POLL_SLOW_S = 5e-3  # of posts that have run for longer than _SLOW_AFTER_S
 _SLOW_AFTER_S = 0.5
-WIRE_S = 1e-3  # and _POLL_SLOW_S after _SLOW_AFTER_S
+WIRE_S = 1e-3  # and _POLL_SLOW_S after _SLOW_AFTER_S,
+_WIRE_IDLE_S = 0.1  # and this after _IDLE_AFTER_S, for peers that were stopped and went on
+_IDLE_AFTER_S = 5.0
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,6 +80,7 @@ class _Running:
 @dataclass(eq=False, slots=True)
 class _Peer:
     name: str
+    since: float
     wired: bool = False  # a transfer was DONE
 
 
@@ -125,16 +129,29 @@ class NixlAgent:
 
     # ---- peers ---------------------------------------------------------------------------------
 
-    def attach(self, client: int, metadata: bytes, prefix: str) -> None:
-        """Let the agent reach a client, the name of whose agent must begin with `prefix`. NixlError
-        when it cannot."""
-        name = self._mover.add_peer(metadata)
-        if not name.startswith(prefix):
+    def attach(self, told: Attach) -> None:
+        """Reach a client from now on, or what it has registered since it attached. NixlError when
+        that cannot be; what was reached before still is."""
+        name = self._mover.add_peer(told.metadata)
+        known = self._peers.get(told.client)
+        reason = ""
+        if not name.startswith(told.prefix):
+            reason = f"the agent is called {name!r}, its name must begin with {told.prefix!r}"
+        elif known is not None and known.name != name:
+            reason = f"client {told.client} has attached as {known.name!r}"
+        if reason:
             self._mover.drop_peer(name)
-            raise NixlError(f"the agent is called {name!r}, its name must begin with {prefix!r}")
-        peer = self._peers.setdefault(client, _Peer(name))
-        if peer.name != name:
-            raise NixlError(f"client {client} has attached as {peer.name!r}")
+            raise NixlError(reason)
+        if known is None:
+            self._peers[told.client] = _Peer(name, self._clock())
+
+    def join(self, told: Attach) -> None:
+        """Attach, or leave the client to other agents."""
+        try:
+            self.attach(told)
+        except NixlError as error:
+            self._jobs.leave(self._number, told.client)
+            self._note("nixl_join", str(error))
 
     def detach(self, client: int) -> None:
         """Forget a client of which nothing runs."""
@@ -149,8 +166,8 @@ class NixlAgent:
     # ---- moving --------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Look at what runs, post once; whether anything moved. Stuck by rule 5."""
-        moved = self._poll() | self._post_next()
+        """Look at what runs, join a client, post once; whether anything moved. Stuck by rule 5."""
+        moved = self._poll() | self._join_next() | self._post_next()
         oldest = min((running.since for running in self._running), default=None)
         if oldest is not None and self._clock() - oldest > self._stuck_s:
             raise Stuck(f"a transfer was not terminal after {self._stuck_s} s")
@@ -159,10 +176,14 @@ class NixlAgent:
     @property
     def wiring(self) -> float | None:
         """Rule 4: in how many seconds to `wire`; None: no connection is being made."""
-        since = [r.since for r in self._running if not self._peers[r.job.client].wired]
+        since = [peer.since for peer in self._peers.values() if not peer.wired]
         if not since:
             return None
-        return WIRE_S if self._clock() - max(since) < _SLOW_AFTER_S else _POLL_SLOW_S
+        first = [r.since for r in self._running if not self._peers[r.job.client].wired]
+        age_s = self._clock() - max(since + first)
+        if age_s < _SLOW_AFTER_S:
+            return WIRE_S
+        return _POLL_SLOW_S if first or age_s < _IDLE_AFTER_S else _WIRE_IDLE_S
 
     def wire(self) -> None:
         self._mover.progress()
@@ -179,6 +200,12 @@ class NixlAgent:
         # Somebody else lets a connection go on: looking for it is work that keeps the interpreter.
         wired = any(self._peers[running.job.client].wired for running in self._running)
         return _POLL_S if wired else WIRE_S
+
+    def _join_next(self) -> bool:
+        if (told := self._jobs.to_join(self._number)) is None:
+            return False
+        self.join(told)
+        return True
 
     def _post_next(self) -> bool:
         here = Counter(running.job.client for running in self._running)

@@ -12,9 +12,9 @@ Rules:
     whenever that is. Callers may `stop` it, which gives out no more of it, and wait or not; what it
     may touch stays theirs to guard until `ended`.
  3. Clients take turns, a post at a time.
- 4. An agent joins a client with its first post of it, which makes a connection. Agent 0 joins
-    everybody, others who was reached already, and only while JOIN_POSTS of a client wait:
-    connections cost both sides (ADR 0016), and most clients never need another one.
+ 4. An agent takes posts of clients that it has joined. Agent 0 has joined whoever is admitted, the
+    others join who was reached already, and only while JOIN_POSTS of a client wait: connections
+    cost both sides (ADR 0016), and most clients never need another one.
  5. After the last post each item's slot is looked at once more (`current`): what is not what was
     granted any more is STALE, whatever was moved.
 """
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvproto.nixlib import Memory, NixlError
-from kvserver.transfer.nixl.messages import Ended
+from kvserver.transfer.nixl.messages import Attach, Ended
 from kvserver.transfer.nixl.posts import Post
 
 JOBS_PER_CLIENT_MAX = 64
@@ -82,16 +82,18 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class _Client:
+    told: Attach
     queue: deque[Job] = field(default_factory=deque)  # what has posts left
     taken: int = 0  # posts
-    agents: set[int] = field(default_factory=set)  # that have joined it
+    agents: set[int] = field(default_factory=lambda: {0})  # that have joined it
+    left: set[int] = field(default_factory=set)  # agents that could not
     reached: bool = False  # a post of it was DONE
 
-    def takes(self, agent: int) -> bool:
-        """Rule 4."""
-        if agent == 0 or agent in self.agents:
-            return True
-        return self.reached and sum(job.left for job in self.queue) >= JOIN_POSTS
+    def wants(self, agent: int) -> bool:
+        """Rule 4: whether it should join."""
+        if not self.reached or agent in self.agents or agent in self.left:
+            return False
+        return sum(job.left for job in self.queue) >= JOIN_POSTS
 
 
 class Jobs:
@@ -106,14 +108,32 @@ class Jobs:
 
     # ---- clients -------------------------------------------------------------------------------
 
-    def admit(self, client: int) -> None:
+    def admit(self, told: Attach) -> set[int]:
+        """Agent 0 has attached to a client, perhaps again: agents that have joined it, and have to
+        attach again as well."""
         with self._changed:
-            if client not in self._clients:
-                self._clients[client] = _Client()
-                self._turn.append(client)
+            if (known := self._clients.get(told.client)) is not None:
+                known.told = told
+                return known.agents - {0}
+            self._clients[told.client] = _Client(told)
+            self._turn.append(told.client)
+        return set()
 
-    def knows(self, client: int) -> bool:
-        return client in self._clients
+    def to_join(self, agent: int) -> Attach | None:
+        """What an agent should attach to next. It has joined then, unless it has to `leave`."""
+        with self._changed:
+            for known in self._clients.values():
+                if known.wants(agent):
+                    known.agents.add(agent)
+                    return known.told
+        return None
+
+    def leave(self, agent: int, client: int) -> None:
+        """It cannot reach the client: it takes no more of it, and is not asked again."""
+        with self._changed:
+            if (known := self._clients.get(client)) is not None:
+                known.agents.discard(agent)
+                known.left.add(agent)
 
     def forget(self, client: int) -> None:
         """Nothing of it is moved any more, and what waits ends as FAILED. NixlError while a post of
@@ -169,13 +189,12 @@ class Jobs:
                 client = self._turn[0]
                 self._turn.rotate(-1)
                 known = self._clients[client]
-                if known.queue and client not in busy and known.takes(agent):
+                if known.queue and client not in busy and agent in known.agents:
                     job = known.queue[0]
                     post = job.posts[job._next]
                     job._next += 1
                     job._taken += 1
                     known.taken += 1
-                    known.agents.add(agent)
                     if not job.left:
                         known.queue.popleft()
                     return job, post

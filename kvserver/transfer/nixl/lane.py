@@ -21,7 +21,8 @@ Order = Callable[[NixlAgent], None]
 
 
 class Lane:
-    """See the module's rules. `wiring` is set while the agent makes a connection."""
+    """See the module's rules. `wiring` is set when the agent has a connection to make, or one that
+    is more urgent than before."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class Lane:
         self._wiring = wiring
         self._fail = fail
         self._stepping = threading.Lock()
-        self._connecting = False  # after the last step
+        self._wire_s: float | None = None  # the agent's `wiring` after the last step
         self._orders: queue.SimpleQueue[tuple[Order, Future[None]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"nixl-lane-{number}", daemon=True)
 
@@ -59,7 +60,7 @@ class Lane:
 
     def wire(self) -> float | None:
         """From another thread: `NixlAgent.wire`, and in how many seconds again."""
-        if not self._connecting:
+        if self._wire_s is None:
             return None
         if not self._stepping.acquire(timeout=WIRE_S):
             return WIRE_S  # it is in a step, which lets its connections go on as well
@@ -77,9 +78,10 @@ class Lane:
                 with self._stepping:
                     self._obey()
                     moved = self.agent.step()
-                    self._connecting = self.agent.wiring is not None
-                    if self._connecting:
+                    wire_s = self.agent.wiring
+                    if wire_s is not None and (self._wire_s is None or wire_s < self._wire_s):
                         self._wiring.set()
+                    self._wire_s = wire_s
                     pause_s = self.agent.pause_s
                 if not moved:
                     self._jobs.wait(changes, pause_s)

@@ -170,7 +170,9 @@ class Worker:
                 told = Attach.decode(payload)
                 reason = ""
                 try:
-                    self._attach(told)
+                    self._lanes[0].ask(lambda agent: agent.attach(told))
+                    for number in self._jobs.admit(told):
+                        self._lanes[number].ask(lambda agent: agent.join(told))
                 except NixlError as error:
                     reason = str(error)
                 self._send(Kind.ATTACHED, Attached(told.ask, reason).encode())
@@ -185,17 +187,6 @@ class Worker:
                 self._send(Kind.PONG, payload)
             case _:
                 raise AssertionError(kind)
-
-    def _attach(self, told: Attach) -> None:
-        """By every lane or by none."""
-        try:
-            for lane in self._lanes:
-                lane.ask(lambda agent: agent.attach(told.client, told.metadata, told.prefix))
-        except NixlError:
-            if not self._jobs.knows(told.client):
-                self._detach(told.client)
-            raise
-        self._jobs.admit(told.client)
 
     def _detach(self, client: int) -> None:
         self._jobs.forget(client)
@@ -231,13 +222,13 @@ class Worker:
     # ---- the wiring thread ---------------------------------------------------------------------
 
     def _wire(self) -> None:
+        pause: float | None = None
         try:
-            while self._wiring.wait():
+            while True:
+                self._wiring.wait(pause)
                 self._wiring.clear()
-                pauses = [pause for lane in self._lanes if (pause := lane.wire()) is not None]
-                if pauses:
-                    self._wiring.set()
-                    time.sleep(min(pauses))
+                pauses = [lane.wire() for lane in self._lanes]
+                pause = min((each for each in pauses if each is not None), default=None)
         except Exception as error:
             self._fail(error)
 

@@ -12,7 +12,7 @@ import pytest
 from kvproto.nixlib import Descriptors, Memory, NixlError, State
 from kvserver.transfer.nixl.agent import POSTS_PER_CLIENT, NixlAgent, Stuck
 from kvserver.transfer.nixl.jobs import JOIN_POSTS, Job, Jobs
-from kvserver.transfer.nixl.messages import Ended
+from kvserver.transfer.nixl.messages import Attach, Ended
 from kvserver.transfer.nixl.posts import cut
 
 AREA_BYTES = 1 << 16
@@ -31,6 +31,8 @@ class Puppet:
         self.at_once = True
         self.peers: set[str] = set()
         self.closed = False
+        self.refuses = False
+        self.added = 0
         self.progressed = 0
         self.released: list[int] = []
 
@@ -41,7 +43,8 @@ class Puppet:
         return b"ours"
 
     def add_peer(self, metadata: bytes) -> str:
-        if metadata == b"garbage":
+        self.added += 1
+        if metadata == b"garbage" or self.refuses:
             raise NixlError("the peer's metadata is refused")
         self.peers.add(metadata.decode())
         return metadata.decode()
@@ -75,6 +78,10 @@ class Puppet:
         self.closed = True
 
 
+def attach(client: int, metadata: bytes = b"") -> Attach:
+    return Attach(0, client, "c-", metadata or f"c-{client}".encode())
+
+
 class Bench:
     """A NixlAgent over a Puppet, a clock, and jobs for it. `other` is a second agent of them."""
 
@@ -103,9 +110,9 @@ class Bench:
 
     def attach(self, *clients: int) -> None:
         for client in clients:
-            for agent in (self.agent, self.other):
-                agent.attach(client, f"c-{client}".encode(), "c-")
-            self.jobs.admit(client)
+            told = attach(client)
+            self.agent.attach(told)
+            self.jobs.admit(told)
 
     def _wrong(self, items: list[int]) -> list[int]:
         self.checked.append(items)
@@ -197,8 +204,10 @@ def test_agents_take_posts_of_one_job(bench: Bench) -> None:
     bench.attach(1)
     job = bench.job(1, items=2, posts=2 + JOIN_POSTS)
     bench.agent.step()  # the first one reaches the client
+    assert bench.others.peers == set()
     for agent in (bench.agent, bench.other) * 10:
         agent.step()
+    assert bench.others.peers == {"c-1"}
     assert (len(bench.puppet.posted), len(bench.others.posted)) == (4, 2), "by turns"
     assert (bench.ended, job.outcomes.tolist()) == ([job], [Ended.OK, Ended.OK])
     assert bench.agent.totals == (4 * PIECE, 0, 4, 0)
@@ -328,9 +337,65 @@ def test_a_transfer_that_does_not_end_is_told(bench: Bench) -> None:
     assert bench.ended == []
 
 
+def test_an_agent_that_cannot_join_leaves_it_to_the_other(bench: Bench) -> None:
+    bench.attach(1)
+    bench.others.refuses = True
+    job = bench.job(1, posts=20)
+    bench.agent.step()
+    while bench.other.step():
+        pass
+    assert (bench.others.posted, bench.notes) == ([], ["nixl_join"])
+    bench.others.refuses = False
+    assert not bench.other.step(), "it is not asked again"
+    bench.steps()
+    assert (bench.ended, job.outcomes.tolist()) == ([job], [Ended.OK])
+
+
+def test_who_has_joined_attaches_to_what_a_client_registers_later(bench: Bench) -> None:
+    bench.attach(1)
+    bench.job(1, posts=20)
+    bench.agent.step()
+    assert bench.jobs.admit(attach(1)) == set()
+    bench.other.step()
+    assert bench.jobs.admit(attach(1)) == {1}
+    bench.other.join(attach(1))
+    assert bench.others.added == 2
+    bench.others.refuses = True
+    bench.other.join(attach(1))
+    posted = len(bench.others.posted)
+    while bench.other.step():
+        pass
+    assert len(bench.others.posted) == posted
+    assert bench.jobs.admit(attach(1)) == set(), "it has left"
+    bench.steps()
+    assert len(bench.ended) == 1
+
+
+def test_somebody_has_to_wire_from_an_attach_on(bench: Bench) -> None:
+    """UCX's thread in the client may be spinning, whether anything is moved or not."""
+    assert bench.agent.wiring is None
+    bench.attach(1)
+    soon = bench.agent.wiring
+    assert soon is not None
+    assert soon <= 1e-3
+    bench.now += 2
+    later = bench.agent.wiring
+    assert later is not None
+    assert soon < later < 0.1
+    bench.now += 3600
+    idle = bench.agent.wiring
+    assert idle is not None
+    assert later < idle <= 0.1, "a client that was stopped goes on some time"
+    bench.attach(2)
+    assert bench.agent.wiring == soon
+    bench.agent.detach(1)
+    bench.agent.detach(2)
+    assert bench.agent.wiring is None
+
+
 def test_somebody_has_to_wire_until_the_first_transfer_is_done(bench: Bench) -> None:
     bench.attach(1)
-    assert bench.agent.wiring is None
+    bench.now += 3600
     bench.puppet.at_once = False
     bench.job(1, posts=POSTS_PER_CLIENT + 1)
     bench.steps()
@@ -353,19 +418,20 @@ def test_somebody_has_to_wire_until_the_first_transfer_is_done(bench: Bench) -> 
 
 def test_an_agent_of_another_name_is_refused(bench: Bench) -> None:
     with pytest.raises(NixlError, match="must begin with"):
-        bench.agent.attach(1, b"kvserver-main", "c-")
+        bench.agent.attach(attach(1, b"kvserver-main"))
     assert bench.puppet.peers == set()
     with pytest.raises(NixlError, match="refused"):
-        bench.agent.attach(1, b"garbage", "c-")
+        bench.agent.attach(attach(1, b"garbage"))
     bench.attach(1)
     with pytest.raises(NixlError, match="has attached as 'c-1'"):
-        bench.agent.attach(1, b"c-2", "c-")
+        bench.agent.attach(attach(1, b"c-2"))
+    assert bench.puppet.peers == {"c-1"}
 
 
 def test_a_peer_that_is_forgotten_is_dropped(bench: Bench) -> None:
-    bench.attach(1)
+    bench.attach(1, 2)
     bench.agent.detach(1)
-    assert (bench.puppet.peers, bench.others.peers) == (set(), {"c-1"})
+    assert bench.puppet.peers == {"c-2"}
     bench.agent.detach(1)  # nobody by that name
 
 

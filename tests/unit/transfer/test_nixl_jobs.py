@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvproto.nixlib import Memory, NixlError
 from kvserver.transfer.nixl.jobs import JOBS_PER_CLIENT_MAX, JOIN_POSTS, Job, Jobs
-from kvserver.transfer.nixl.messages import Ended
+from kvserver.transfer.nixl.messages import Attach, Ended
 from kvserver.transfer.nixl.posts import Post
 
 NOTHING = np.zeros((0, 3), np.uint64)
@@ -32,17 +32,27 @@ def job_of(
     return Job(client, True, Memory.DRAM, posts, np.zeros(count, np.uint8), current, ended)
 
 
+def told(client: int, ask: int = 0) -> Attach:
+    return Attach(ask, client, "", b"")
+
+
 class Bench:
     def __init__(self, *clients: int) -> None:
         self.jobs = Jobs()
         self.ended: list[Job] = []
         for client in clients:
-            self.jobs.admit(client)
+            self.jobs.admit(told(client))
 
     def job(self, client: int, *items: tuple[int, ...]) -> Job:
         """Submitted."""
         job = job_of(client, list(items), self.ended.append)
         self.jobs.submit(job)
+        return job
+
+    def reached(self) -> Job:
+        """Client 1, of which more waits than JOIN_POSTS; a post is taken."""
+        job = self.job(1, *[(0,)] * (JOIN_POSTS + 2))
+        self.jobs.whole(*self.take())
         return job
 
     def take(self, *busy: int) -> tuple[Job, Post]:
@@ -86,24 +96,47 @@ def test_a_second_agent_joins_who_was_reached_while_much_waits() -> None:
     bench.job(1, *[(0,)] * JOIN_POSTS)
     job = bench.job(1, *[(0,)] * 3)
     first, post = bench.take()
-    assert bench.jobs.take(1) is None, "nothing of it was moved yet"
+    assert bench.jobs.to_join(1) is None, "nothing of it was moved yet"
     bench.jobs.whole(first, post)
     bench.take()
     bench.take()
-    assert bench.jobs.take(1) is not None, "as many wait, in two jobs"
-    assert bench.jobs.take(2) is None, "one less"
+    assert bench.jobs.take(1) is None, "it has not joined"
+    assert bench.jobs.to_join(1) == told(1), "as many wait, in two jobs"
+    assert bench.jobs.to_join(1) is None, "once"
+    assert bench.jobs.take(1) is not None
+    assert bench.jobs.to_join(2) is None, "one less"
     assert bench.jobs.take(1) is not None, "it has joined"
     bench.jobs.stop(job)
     assert bench.jobs.take(0) is None
+
+
+def test_who_joins_is_told_of_the_last_attach_and_who_has_of_the_next() -> None:
+    bench = Bench(1)
+    job = bench.reached()
+    assert bench.jobs.admit(told(1, ask=7)) == set()
+    assert bench.jobs.to_join(1) == told(1, ask=7)
+    assert bench.jobs.admit(told(1, ask=8)) == {1}
+    bench.jobs.leave(1, 1)
+    assert bench.jobs.admit(told(1, ask=9)) == set()
+    assert bench.jobs.take(1) is None
+    assert bench.jobs.to_join(1) is None, "it could not"
+    assert bench.jobs.to_join(2) == told(1, ask=9)
+    bench.jobs.stop(job)
+    bench.jobs.put_back(job, {})
+    bench.jobs.forget(1)
+    bench.jobs.leave(2, 1)  # nobody by that name
+    bench.jobs.admit(told(1))
+    bench.reached()
+    assert bench.jobs.to_join(1) == told(1), "another time"
 
 
 def test_the_first_agent_alone_begins_with_a_client() -> None:
     bench = Bench(1, 2)
     for client in (1, 2):
         bench.job(client, *[(0,)] * (JOIN_POSTS + 1))
-    assert bench.jobs.take(1) is None
+    assert bench.jobs.to_join(1) is None
     assert [bench.take()[0].client for _ in range(2)] == [1, 2]
-    assert bench.jobs.take(1) is None, "neither was reached"
+    assert bench.jobs.to_join(1) is None, "neither was reached"
 
 
 def test_a_client_that_is_busy_with_the_asker_is_passed_over() -> None:
@@ -185,9 +218,11 @@ def test_a_client_is_not_forgotten_while_a_post_of_it_is_taken() -> None:
     bench.jobs.put_back(running, {})
     assert bench.ended == [waiting, running]
     bench.jobs.forget(1)
-    assert not bench.jobs.knows(1)
     bench.jobs.forget(1)  # nobody by that name
-    assert bench.jobs.knows(2)
+    refused = bench.job(1, (0,))
+    assert bench.ended == [waiting, running, refused]
+    bench.job(2, (0,))
+    assert bench.take()[0].client == 2
 
 
 def test_after_close_nothing_is_given_out() -> None:
@@ -246,14 +281,44 @@ class Agents(RuleBasedStateMachine):
         self.done: dict[int, set[int]] = {}  # items of which a post failed or was not given out
         self.known: set[int] = set()
         self.joined: dict[int, set[int]] = {}  # client -> agents
+        self.left: dict[int, set[int]] = {}
+        self.reached: set[int] = set()
+        self.asks = 0
+        self.told: dict[int, Attach] = {}
         self.was_closed = False
 
     @rule(client=clients)
     def admit(self, client: int) -> None:
-        self.jobs.admit(client)
+        self.asks += 1
+        self.told[client] = told(client, self.asks)
+        again = self.jobs.admit(self.told[client])
+        assert again == self.joined.setdefault(client, {0}) - {0}
         self.known.add(client)
 
-    @rule(client=clients, items=st.lists(st.sets(st.integers(0, 3), min_size=1), max_size=4))
+    @rule(agent=st.integers(1, 2))
+    def join(self, agent: int) -> None:
+        want = [
+            client
+            for client in self.known & self.reached
+            if agent not in self.joined[client] | self.left.get(client, set())
+            and sum(j.left for j in self.submitted if j.client == client and j not in self.ended
+                    and not j.stopped) >= JOIN_POSTS
+        ]  # fmt: skip
+        got = self.jobs.to_join(agent)
+        assert (got is None) == (not want)
+        if got is not None:
+            assert got == self.told[got.client]
+            assert got.client in want
+            self.joined[got.client].add(agent)
+
+    @rule(client=clients, agent=st.integers(1, 2))
+    def leave(self, client: int, agent: int) -> None:
+        self.jobs.leave(agent, client)
+        if client in self.known:
+            self.joined[client].discard(agent)
+            self.left.setdefault(client, set()).add(agent)
+
+    @rule(client=clients, items=st.lists(st.sets(st.integers(0, 3), min_size=1), max_size=6))
     def submit(self, client: int, items: list[set[int]]) -> None:
         job = job_of(client, [tuple(post) for post in items], self.ended.append)
         self.submitted.append(job)
@@ -269,13 +334,13 @@ class Agents(RuleBasedStateMachine):
         taken = self.jobs.take(agent, busy)
         if taken is None:
             assert not any(
-                job.client not in busy and agent in self.joined.get(job.client, set()) | {0}
+                job.client not in busy and agent in self.joined.get(job.client, set())
                 for job in self.submitted
                 if job not in self.ended and job.left and not job.stopped
             ), "there was something for it"
             return
         job, post = taken
-        self.joined.setdefault(job.client, set()).add(agent)
+        assert agent in self.joined[job.client]
         assert job.client in self.known - busy
         assert not self.was_closed
         assert not job.stopped
@@ -290,6 +355,7 @@ class Agents(RuleBasedStateMachine):
         assert job not in self.ended
         if good:
             self.jobs.whole(job, post)
+            self.reached.add(job.client)
         else:
             self.done[id(job)] |= set(post.items)
         self.jobs.put_back(job, {} if good else dict.fromkeys(post.items, Ended.CORRUPT))
@@ -308,6 +374,8 @@ class Agents(RuleBasedStateMachine):
             self.jobs.forget(client)
             self.known.discard(client)
             self.joined.pop(client, None)
+            self.left.pop(client, None)
+            self.reached.discard(client)
 
     @rule()
     def close(self) -> None:
@@ -328,10 +396,6 @@ class Agents(RuleBasedStateMachine):
             for item in {item for post in job.posts for item in post.items}:
                 good = item not in never | self.done[id(job)]
                 assert (job.outcomes[item] == Ended.OK) == good
-
-    @invariant()
-    def knows_whom_it_was_told_of(self) -> None:
-        assert all(self.jobs.knows(client) == (client in self.known) for client in (1, 2, 3))
 
 
 test_any_interleaving = Agents.TestCase

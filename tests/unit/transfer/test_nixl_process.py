@@ -6,6 +6,7 @@ The process and the arena are real, the library is a puppet (`tests.support.nixl
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -193,18 +194,26 @@ async def test_a_post_that_does_not_come_back_holds_up_one_agent(arena: HostAren
         assert one.agent.rebuilds == 1
 
 
-async def test_a_client_is_attached_by_every_agent_or_by_none(arena: HostArena) -> None:
-    one = Hub(arena, "second", 30.0)
-    await one.start()
-    try:
-        with pytest.raises(NixlError, match="refused"):
-            await one.agent.attach(CLIENT, b"c-5", "c-")
-        await one.agent.attach(CLIENT, b"c-5", "c-")  # the first agent had dropped it
-        with pytest.raises(NixlError, match="known already"):
-            await one.agent.attach(CLIENT, b"c-5", "c-")
-        assert await one.submit(1) == [Ended.OK, Ended.OK], "as before"
-    finally:
-        await one.agent.close()
+async def test_an_agent_that_cannot_join_leaves_a_client_to_the_others(
+    arena: HostArena, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with hub(arena, "second") as one:
+        assert await one.submit(1) == [Ended.OK, Ended.OK]
+        for round_ in range(3):
+            works = [one.submit(2 + 20 * round_ + number) for number in range(4 * JOIN_POSTS)]
+            assert await asyncio.gather(*works) == [[Ended.OK, Ended.OK]] * len(works)
+        await one.agent.attach(CLIENT, b"c-5", "c-")
+    tries = [record for record in caplog.records if record.message == "nixl_join"]
+    assert len(tries) <= 1
+
+
+async def test_a_connection_goes_on_while_nothing_is_moved(arena: HostArena) -> None:
+    async with hub(arena, "wire") as one:
+        numbers = itertools.count(1)
+        deadline = time.monotonic() + LONG_S
+        while await one.submit(next(numbers)) != [Ended.OK, Ended.OK]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
 
 
 async def test_an_idle_worker_may_be_silent(
