@@ -8,7 +8,8 @@ the median of the ratios to the bare transfer just before.
   bare   a second process with an agent of its own reads (push) or writes (pull) the client's
          staging ring from memory of its own (of the arena's kind), POST_BYTES a post, one
          post behind the other
-  bare*  the same by as many agents as the hub has (`nixl_agents`), a thread each
+  bare*  the same by as many agents as the hub has (`nixl_agents`), a thread each; on a push they
+         also hash what a post brought, as the hub has to: what these cores can do at best
   move   the same bytes by calls of Move: permits, slots, gRPC, and on a push the hub hashes what
          arrived; the staging is filled beforehand, nothing is committed
   whole  `push` and `pull` of the client: reserve, copy and hash into staging, Move, commit; or
@@ -34,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bench import machine
 from bench.budget import children_of, ticks_of
@@ -74,7 +76,7 @@ def bare_process() -> None:
     print("ready", flush=True)
     with ThreadPoolExecutor(len(movers)) as pool:
         for line in sys.stdin:
-            word, base, pieces, piece, times, many = line.split()
+            word, base, pieces, piece, times, many, cell = line.split()
             starts = np.arange(int(pieces), dtype=np.uint64) * np.uint64(piece)
             # Slots are where they are: a set of its own each time, out of all of the memory.
             slots = rng.permutation(len(mine) // int(piece))[: int(pieces)].astype(np.uint64)
@@ -83,17 +85,20 @@ def bare_process() -> None:
                 np.full(int(pieces), int(piece), np.uint64), np.arange(int(pieces)), device=0,
             )  # fmt: skip
             began = time.perf_counter()
+            turns = [posts[which :: int(many)] * int(times) for which in range(int(many))]
             each = [
-                pool.submit(bare_posts, *mover, posts[which :: int(many)] * int(times), word)
-                for which, mover in enumerate(movers[: int(many)])
+                pool.submit(bare_posts, *mover, turn, word, mine, int(cell))
+                for mover, turn in zip(movers, turns, strict=False)
             ]
             for one in each:
                 one.result()
             print(time.perf_counter() - began, flush=True)
 
 
-def bare_posts(agent: Agent, peer: str, posts: list[Post], word: str) -> None:
-    """One after the other."""
+def bare_posts(
+    agent: Agent, peer: str, posts: list[Post], word: str, mine: Bytes, cell: int
+) -> None:
+    """One after the other. With a `cell`, what came is hashed, in cells of so many bytes."""
     for post in posts:
         handle, state = agent.post(
             read=word == "read", peer=peer, local=post.local, remote=post.remote,
@@ -103,6 +108,10 @@ def bare_posts(agent: Agent, peer: str, posts: list[Post], word: str) -> None:
             state = agent.state(handle)
         assert state is State.DONE
         agent.release(handle)
+        if cell:
+            for address, size, _ in post.local.tolist():
+                start = address - int(mine.ctypes.data)
+                grid_checksums(mine[start : start + size].reshape(1, -1, cell))
 
 
 class Bare:
@@ -122,15 +131,19 @@ class Bare:
         return self._process.stdout.readline()
 
     def seconds(
-        self, word: str, address: int, *, pieces: int, piece_bytes: int, times: int, agents: int
-    ) -> float:
-        return float(self._ask(f"{word} {address} {pieces} {piece_bytes} {times} {agents}"))
+        self, word: str, address: int, *, pieces: int, piece_bytes: int, times: int, agents: int,
+        cell_bytes: int,
+    ) -> float:  # fmt: skip
+        return float(
+            self._ask(f"{word} {address} {pieces} {piece_bytes} {times} {agents} {cell_bytes}")
+        )
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10)
 
 
+Bytes = npt.NDArray[np.uint8]
 Requests = list[pb.MoveRequest]
 
 
@@ -217,11 +230,13 @@ class Bench:
         self.bare_process = Bare(self.transfer, host_bytes, self.agents)
 
     def bare(self, word: str) -> tuple[float, float]:
-        """Seconds of one agent, and of as many as the hub has."""
+        """Seconds of one agent, and of as many as the hub has, which also hash what they read."""
         memory = self.source if word == "read" else self.out
         address = int(memory.ctypes.data) if self.direct else self.ring.address
-        many = self.bare_process.seconds(word, address, agents=self.agents, **self._shape)
-        return self.bare_process.seconds(word, address, agents=1, **self._shape), many
+        cell = self.blocks.shape[2] if word == "read" else 0
+        seconds = self.bare_process.seconds
+        many = seconds(word, address, agents=self.agents, cell_bytes=cell, **self._shape)
+        return seconds(word, address, agents=1, cell_bytes=0, **self._shape), many
 
     def note(self, name: str, seconds: float, bare: tuple[float, float], cpu_s: float) -> None:
         self.ratios.setdefault(name, []).append((bare[0] / seconds, bare[1] / seconds))

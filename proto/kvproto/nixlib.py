@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -93,6 +94,11 @@ def available() -> bool:
     except NixlError:
         return False
     return True
+
+
+def cards() -> bool:
+    """Whether this host has GPUs, as the drivers of NVIDIA and AMD say."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")))
 
 
 class Agent:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from kvclient.copying import Copier, Outcome, Piece, Reading, Writing, copy_cells
-from kvclient.errors import DeadlineExceeded, KVError, Unavailable, Unsupported
+from kvclient.errors import KVError, Unavailable, Unsupported
 from kvclient.timing import Deadline
 from kvclient.transfer.cutting import (
     MOVES_AHEAD,
@@ -45,8 +45,9 @@ from kvclient.transfer.cutting import (
     sums_of,
 )
 from kvclient.transfer.direct import Addresses, Block, Holds, Memories, Registered
+from kvclient.transfer.progress import ClientAgent, open_agent
 from kvclient.transfer.ring import Orphan, Ring, orphans
-from kvclient.transfer.settling import SETTLE_S, Rpc, settle
+from kvclient.transfer.settling import Rpc, settle_all
 from kvproto import nixlib, wires
 from kvproto.checksum import grid_checksums
 from kvproto.frames import PERMIT_BYTES, Op, Status
@@ -68,7 +69,7 @@ class NixlTransfer:
     mapped = False
 
     def __init__(
-        self, hello: Message, agent: nixlib.Agent, ring: Ring, *, backend: str, rpc: Rpc,
+        self, hello: Message, agent: ClientAgent, ring: Ring, *, backend: str, rpc: Rpc,
         memories: Memories | None,
     ) -> None:  # fmt: skip
         """`memories`: what the caller registers; None where everything is staged."""
@@ -77,7 +78,7 @@ class NixlTransfer:
         self.epoch: int = hello.epoch
         self._session: int = hello.session
         self._client: int = hello.client
-        self._agent: nixlib.Agent | None = agent
+        self._agent: ClientAgent | None = agent
         self._ring: Ring | None = ring
         self._rpc = rpc
         self._key = b""
@@ -130,24 +131,23 @@ class NixlTransfer:
             except nixlib.NixlError as error:
                 raise Unsupported(str(error), field="memory") from error
             self._known.append(memory)
+        metadata = await asyncio.to_thread(agent.metadata)
         rows = [(ring.address, ring.bytes.nbytes, nixlib.Memory.DRAM.code, 0)]
         rows += [(m.address, m.nbytes, m.memory.code, m.device) for m in wanted]
-        reply = await self._rpc(
-            "Attach",
-            pb.AttachRequest(
-                session=self._session,
-                client=self._client,
-                metadata=agent.metadata(),
-                extents=np.array(rows, "<u8").tobytes(),
-            ),
-            deadline,
-        )
+        request = pb.AttachRequest(
+            session=self._session, client=self._client, metadata=metadata,
+            extents=np.array(rows, "<u8").tobytes(),
+        )  # fmt: skip
+        with agent.moving():
+            reply = await self._rpc("Attach", request, deadline)
         self._attached += 1
         self._key = reply.key
         self._move_s = reply.move_ms_max / 1000
         for memory in [one for one in self._known if one not in wanted]:
             self._known.remove(memory)
-            agent.deregister(memory.address, memory.nbytes, memory.memory, memory.device)
+            await asyncio.to_thread(
+                agent.deregister, memory.address, memory.nbytes, memory.memory, memory.device
+            )
 
     async def _attach_again(self, epoch: int) -> None:
         """The hub has a new agent, which does not know us. Once for all moves that were told so."""
@@ -175,7 +175,7 @@ class NixlTransfer:
         self._ring = None
         agent, self._agent = self._agent, None
         if agent is not None and not self._attaching.locked():
-            agent.close()
+            agent.close(keep=self._known)
 
     # ---- moving --------------------------------------------------------------------------
 
@@ -400,9 +400,12 @@ class NixlTransfer:
             self._let_go()
 
     async def _move(self, request: Message) -> Message:
-        epoch = self._attached
+        epoch, agent = self._attached, self._agent
+        if agent is None:
+            raise Unavailable("the session of this transfer has ended")
         try:
-            reply = await self._rpc("Move", request, Deadline(self._move_s + REPLY_S))
+            with agent.moving():
+                reply = await self._rpc("Move", request, Deadline(self._move_s + REPLY_S))
         except Unavailable as error:
             if error.field == "attach":
                 await self._attach_again(epoch)
@@ -452,16 +455,10 @@ class NixlTransfer:
             self._settling = asyncio.create_task(self._settle())
 
     async def _settle(self) -> None:
-        """Ask until nothing is withheld."""
-        while not self._closed:
-            left = [held for held in (self._ring, self._holds) if held and held.withheld]
-            if not left:
-                return
-            for held in left:
-                with suppress(KVError):
-                    await settle(self._rpc, self._session, self._client, self._key, held)
-            if any(held.withheld for held in left):
-                await asyncio.sleep(SETTLE_S)
+        agent, held = self._agent, [one for one in (self._ring, self._holds) if one]
+        if agent is not None:
+            with agent.moving():
+                await settle_all(self._rpc, self._session, self._client, self._key, held)
 
 
 async def open_nixl(
@@ -471,22 +468,12 @@ async def open_nixl(
     """Make an agent and a ring, and attach. Unsupported where NIXL cannot be used here."""
     orphans.check()
 
-    def make() -> tuple[nixlib.Agent, Ring]:
-        # The hub takes an agent of this name only; the rest keeps others from taking it.
-        name = f"kvclient-{hello.session:x}-{hello.client}-{secrets.token_hex(8)}"
-        agent = nixlib.Agent(name, backend=backend, params=params, progress=True)
-        ring = Ring(staging_bytes)
-        ring.prefault()
-        agent.register(ring.address, ring.bytes.nbytes, nixlib.Memory.DRAM)
-        return agent, ring
-
-    try:
-        async with asyncio.timeout(max(deadline.left(), 1e-3)):
-            agent, ring = await asyncio.to_thread(make)
-    except TimeoutError as error:
-        raise DeadlineExceeded("no NIXL agent in time", field="deadline_s") from error
-    except nixlib.NixlError as error:
-        raise Unsupported(str(error)) from error
+    # The hub takes an agent of this name only; the rest keeps others from taking it.
+    name = f"kvclient-{hello.session:x}-{hello.client}-{secrets.token_hex(8)}"
+    ring, direct = Ring(staging_bytes), memories is not None
+    agent = await open_agent(
+        name, ring, backend=backend, params=params, direct=direct, deadline=deadline
+    )
     transfer = NixlTransfer(hello, agent, ring, backend=backend, rpc=rpc, memories=memories)
     try:
         await transfer.attach(deadline)

@@ -8,7 +8,8 @@ may ask about those of an earlier one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,16 @@ async def settle(rpc: Rpc, session: int, client: int, key: bytes, held: Held) ->
     for number, running in zip(numbers, reply.running, strict=True):
         if not running:
             held.settled(number)
+
+
+async def settle_all(rpc: Rpc, session: int, client: int, key: bytes, held: Sequence[Held]) -> None:
+    """Ask until nothing is withheld of these. Its caller ends it with the session."""
+    while any(one.withheld for one in held):
+        for one in held:
+            with suppress(KVError):
+                await settle(rpc, session, client, key, one)
+        if any(one.withheld for one in held):
+            await asyncio.sleep(SETTLE_S)
 
 
 async def settle_orphans(hello: Message, rpc: Rpc, *, once: bool) -> None:

@@ -1,0 +1,177 @@
+"""A client's agent of `nixl`, and the thread that lets it take part in what the hub begins.
+
+The hub initiates every transfer, but its target has work as well: answering while the connection is
+made, and sending and receiving where no hardware does it (UCX over tcp). NIXL has a thread for
+that, which UCX's descriptors wake; while our side of a connection waits for the hub's it goes round
+without a pause, a whole core, for as long as the hub gets none (ADR 0018). This one looks at fixed
+times instead.
+
+    moving, and for LINGER_S after: each BUSY_S       else: each IDLE_S
+
+Rules:
+ 1. One thread at a time calls the agent.
+ 2. A call that the hub answers with a transfer is made inside `moving`. A transfer that outlives
+    its call goes on slowly.
+ 3. `close` waits for nothing: the thread destroys the agent, and keeps alive until then what the
+    agent has registered.
+ 4. An interpreter that ends waits for the threads: one that came back from the library later would
+    be unwound through it, which ends the process by SIGABRT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from kvclient.errors import DeadlineExceeded, Unsupported
+from kvclient.timing import Deadline
+from kvclient.transfer.ring import Ring
+from kvproto import nixlib
+from kvproto.nixlib import Memory, NixlError
+
+BUSY_S = 2e-3
+LINGER_S = 0.5
+IDLE_S = 0.1
+EXIT_S = 2.0  # for all threads together
+
+
+class Target(Protocol):
+    """What this module needs of `kvproto.nixlib.Agent`; tests have another."""
+
+    def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None: ...
+    def deregister(self, address: int, length: int, memory: Memory, device: int = 0) -> None: ...
+    def metadata(self) -> bytes: ...
+    def progress(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ClientAgent:
+    """See the module's rules. NixlError from what the library refuses."""
+
+    def __init__(self, agent: Target, *, keep: object, progresses: bool) -> None:
+        """`keep` is what lives as long as the agent. One that `progresses` has a thread of NIXL."""
+        self._agent = agent
+        self._keep = [keep]
+        self._calling = threading.Lock()
+        self._changed = threading.Condition()
+        self._moving = 0
+        self._busy_until = 0.0
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        if not progresses:
+            self._thread = threading.Thread(target=self._run, name="kvclient-nixl", daemon=True)
+            self._thread.start()
+            _threads.add(self)
+
+    def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
+        with self._calling:
+            self._agent.register(address, length, memory, device)
+
+    def deregister(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
+        with self._calling:
+            self._agent.deregister(address, length, memory, device)
+
+    def metadata(self) -> bytes:
+        with self._calling:
+            return self._agent.metadata()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """While the hub may move: rule 2."""
+        with self._changed:
+            self._moving += 1
+            if self._moving == 1:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._moving -= 1
+                self._busy_until = time.monotonic() + LINGER_S
+
+    def close(self, keep: object = None) -> None:
+        """Nothing may follow. `keep` is what else has to outlive the agent."""
+        if self._thread is None:
+            self._agent.close()
+            return
+        self._keep.append(keep)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def ended(self, limit_s: float) -> bool:
+        """Whether the agent is destroyed, after so long at most."""
+        if self._thread is not None:
+            self._thread.join(limit_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closing:
+                    break
+                busy = self._moving or time.monotonic() < self._busy_until
+                self._changed.wait(BUSY_S if busy else IDLE_S)
+            with self._calling, contextlib.suppress(NixlError):  # moves say what does not work
+                self._agent.progress()
+        with self._calling:
+            self._agent.close()
+        self._keep.clear()
+
+
+async def open_agent(
+    name: str, ring: Ring, *, backend: str, params: Mapping[str, str], direct: bool,
+    deadline: Deadline,
+) -> ClientAgent:  # fmt: skip
+    """An agent that has registered the ring. Unsupported where there can be none. `direct`: memory
+    of a card may come, for which the thread needs that card's context; NIXL's own has it."""
+
+    def make() -> ClientAgent:
+        ring.prefault()
+        progresses = direct and nixlib.cards()
+        bare = nixlib.Agent(name, backend=backend, params=params, progress=progresses)
+        agent = ClientAgent(bare, keep=ring, progresses=progresses)
+        try:
+            agent.register(ring.address, ring.bytes.nbytes, Memory.DRAM)
+        except BaseException:
+            agent.close()
+            raise
+        return agent
+
+    def too_late(made: asyncio.Future[ClientAgent]) -> None:
+        if not made.cancelled() and made.exception() is None:
+            made.result().close()
+
+    making = asyncio.ensure_future(asyncio.to_thread(make))
+    try:
+        async with asyncio.timeout(max(deadline.left(), 1e-3)):
+            return await asyncio.shield(making)
+    except NixlError as error:
+        raise Unsupported(str(error)) from error
+    except BaseException as error:
+        making.add_done_callback(too_late)
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded("no NIXL agent in time", field="deadline_s") from error
+        raise
+
+
+_threads: weakref.WeakSet[ClientAgent] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """Rule 4."""
+    limit = time.monotonic() + EXIT_S
+    left = list(_threads)
+    for agent in left:
+        agent.close()
+    for agent in left:
+        agent.ended(max(0.0, limit - time.monotonic()))
+
+
+atexit.register(_end_all)
