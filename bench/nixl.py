@@ -193,7 +193,7 @@ async def moves(transfer: NixlTransfer, requests: Requests, ahead: int) -> float
 
     async def worker() -> None:
         for request in queue:
-            reply = await transfer._rpc("Move", request, Deadline(30))
+            reply = await transfer._move(request)
             assert reply.terminal
             assert not any(reply.statuses), reply.statuses
 
@@ -235,8 +235,10 @@ class Bench:
         address = int(memory.ctypes.data) if self.direct else self.ring.address
         cell = self.blocks.shape[2] if word == "read" else 0
         seconds = self.bare_process.seconds
-        many = seconds(word, address, agents=self.agents, cell_bytes=cell, **self._shape)
-        return seconds(word, address, agents=1, cell_bytes=0, **self._shape), many
+        assert self.transfer._agent is not None
+        with self.transfer._agent.moving():
+            many = seconds(word, address, agents=self.agents, cell_bytes=cell, **self._shape)
+            return seconds(word, address, agents=1, cell_bytes=0, **self._shape), many
 
     def note(self, name: str, seconds: float, bare: tuple[float, float], cpu_s: float) -> None:
         self.ratios.setdefault(name, []).append((bare[0] / seconds, bare[1] / seconds))

@@ -17,7 +17,7 @@ import pytest
 from kvclient.errors import DeadlineExceeded
 from kvclient.timing import Deadline
 from kvclient.transfer import progress
-from kvclient.transfer.progress import BUSY_S, IDLE_S, LINGER_S, ClientAgent, open_agent
+from kvclient.transfer.progress import BUSY_S, IDLE_S, LINGER_S, WORK_S, ClientAgent, open_agent
 from kvclient.transfer.ring import Ring
 from kvproto import nixlib
 from kvproto.nixlib import Memory, NixlError
@@ -33,6 +33,7 @@ class Puppet:
         self.progressed = 0
         self.overlaps = 0
         self.fails = False
+        self.work_s = 0.0
         self.gate = threading.Event()  # progress comes back when it is set
         self.gate.set()
         self._calling = threading.Lock()
@@ -63,6 +64,9 @@ class Puppet:
     def progress(self) -> None:
         with self._call("progress"):
             self.progressed += 1
+            until_s = time.thread_time() + self.work_s
+            while time.thread_time() < until_s:
+                pass
             assert self.gate.wait(LONG_S)
             if self.fails:
                 raise NixlError("no progress")
@@ -112,6 +116,15 @@ def test_it_hurries_while_the_hub_moves_and_a_while_after(
     assert took(4) < 2 * IDLE_S, "more may come"
     time.sleep(LINGER_S)
     assert took(4) > 2 * IDLE_S
+
+
+def test_it_looks_again_soon_where_it_found_work(puppet: Puppet, agent: ClientAgent) -> None:
+    puppet.work_s = 5 * WORK_S
+    first = puppet.progressed + 1
+    until(lambda: puppet.progressed > first, "work, though nothing of ours moves")
+    began = time.monotonic()
+    until(lambda: puppet.progressed > first + 20, "progress")
+    assert time.monotonic() - began < 10 * IDLE_S
 
 
 def test_one_thread_at_a_time_calls_the_agent(puppet: Puppet, agent: ClientAgent) -> None:
@@ -164,12 +177,14 @@ def test_one_that_progresses_by_itself_has_no_thread(puppet: Puppet) -> None:
 
 
 FORGETS = """
+import os
+
 from kvclient.transfer.progress import ClientAgent
 from tests.unit.client.test_progress import Puppet
 
 class Told(Puppet):
     def close(self):
-        print("closed", flush=True)
+        os.write(1, b"closed ")
 
 agents = [ClientAgent(Told(), keep=None, progresses=False) for _ in range(2)]
 """
