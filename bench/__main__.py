@@ -2,8 +2,8 @@
 
     python -m bench [--quick] [--only SECTION] [--clients N] [--apart] [--out FILE]
 
-Sections are transfer, lookup, restart, tcp and control; `--only` may be given more than once.
-The whole run takes about eight minutes and up to 12 GiB of memory on two cores; `--quick` takes
+Sections are transfer, lookup, restart, tcp, nixl and control; `--only` may be given more than once.
+The whole run takes about ten minutes and up to 12 GiB of memory on two cores; `--quick` takes
 half a minute and shows that everything works, its figures are no yardstick.
 """
 
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import control, load, machine, report, transfer, wire
+from bench.nixl import measure_nixl
+from kvproto.nixlib import NixlError
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("transfer", "lookup", "restart", "tcp", "control")
+SECTIONS = ("transfer", "lookup", "restart", "tcp", "nixl", "control")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         rounds, batches = (3, wire.BATCHES[:1]) if options.quick else (15, wire.BATCHES)
         wires = wire.measure_tcp(rounds=rounds, progress=progress, batches=batches)
         result["wire"] = [asdict(row) for row in wires]
+    if "nixl" in sections:
+        try:
+            moved = measure_nixl(quick=options.quick, progress=progress)
+            result["nixl"] = [asdict(row) for row in moved]
+        except NixlError as error:
+            progress(f"nixl: left out: {error}")
     if "control" in sections:
         rounds, seconds = (1, 2.0) if options.quick else (5, 3.0)
         calls = load.measure_load(
@@ -73,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Figures of kvserver over shared memory and tcp."
+        prog="python -m bench",
+        description="Figures of kvserver over shared memory, tcp and nixl.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: shows that it works, no yardstick"

@@ -31,14 +31,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from bench import machine
+from bench import machine, report
 from bench.budget import children_of, ticks_of
+from bench.machine import rounded_down
 from bench.transfer import wait_resident
 from kvclient import AsyncClient, AsyncNamespace
 from kvclient.copying import Reading, Slot, Writing
@@ -47,13 +50,14 @@ from kvclient.transfer.cutting import direct_addresses, parts, rooms, staged_add
 from kvclient.transfer.direct import Scattered
 from kvclient.transfer.nixl import DIRECT_BYTES, NixlTransfer
 from kvclient.transfer.ring import EXTENTS, Ring
+from kvproto import nixlib
 from kvproto.checksum import grid_checksums
 from kvproto.frames import Op
 from kvproto.nixlib import Agent, Memory, State
 from kvproto.rdma import rdma_devices
 from kvproto.v1 import kvserver_pb2 as pb
 from kvserver.moving import agents_for
-from kvserver.transfer.nixl.posts import POST_BYTES, Post, cut
+from kvserver.transfer.nixl.posts import Post, cut
 from tests.support.payload import Blocks
 from tests.support.server import ServerProcess, start_server
 
@@ -144,6 +148,32 @@ class Bare:
 
 
 Bytes = npt.NDArray[np.uint8]
+FLOOR = 0.85  # of bare, for what the hub moves
+
+
+@dataclass(frozen=True, slots=True)
+class NixlRow:
+    """Speeds in GB/s (10^9), medians; ratios are medians of those of each round."""
+
+    way: str  # "move" or "whole"
+    operation: str
+    direct: bool
+    mib: int
+    agents: int
+    rounds: int
+    bare_gb_s: float
+    cores_gb_s: float  # bare*
+    speed_gb_s: float
+    ratio: float  # to bare
+    ratio_low: float
+    ratio_high: float
+    of_cores: float  # ratio to bare*
+    core_ms: float  # of client and hub, per MiB
+    floor: float  # 0: none
+    floor_met: bool
+
+
+Progress = Callable[[str], None]
 Requests = list[pb.MoveRequest]
 
 
@@ -248,6 +278,29 @@ class Bench:
             speeds.append(self.size / spent / 1e9)
         self.cpu_ms.setdefault(name, []).append(cpu_s * 1e3 * (1 << 20) / self.size)
 
+    def rows(self) -> list[NixlRow]:
+        rows = []
+        for name, pairs in sorted(self.ratios.items()):
+            way, operation = name.split()
+            ratios, of_cores = zip(*pairs, strict=True)
+            ratio, floor = statistics.median(ratios), FLOOR if way == "move" else 0.0
+            bare, cores, speed = (
+                statistics.median(self.speeds[which])
+                for which in (f"bare {operation}", f"bare* {operation}", name)
+            )
+            figures = bare, cores, speed, ratio, min(ratios), max(ratios)
+            rows.append(
+                NixlRow(
+                    way, operation, self.direct, self.size >> 20, self.agents, len(pairs),
+                    *(rounded_down(figure, 3) for figure in figures),
+                    of_cores=rounded_down(statistics.median(of_cores), 3),
+                    core_ms=round(statistics.median(self.cpu_ms[name]), 3),
+                    floor=floor,
+                    floor_met=ratio >= floor,
+                )
+            )  # fmt: skip
+        return rows
+
     def cpu_s(self) -> float:
         hub = self.hub.pid
         ticks = sum(map(ticks_of, [hub, *children_of(hub)]))
@@ -301,7 +354,7 @@ class Bench:
 
 async def measure(
     rounds: int, block_bytes: int, batch: int, ahead: int, agents: int, *, direct: bool
-) -> None:
+) -> list[NixlRow]:
     blocks = Blocks(layers=8, heads=4, page_bytes=block_bytes // (8 * 4 * 8))
     size = batch * blocks.payload_bytes
     host_bytes = 4 * size + (256 << 20)
@@ -328,17 +381,19 @@ async def measure(
                     await bench.round(namespace, number, ahead)
             finally:
                 bench.bare_process.close()
-    print(machine.facts())
-    print(f"{batch} blocks of {blocks.payload_bytes >> 20} MiB, {POST_BYTES >> 20} MiB a post,"
-          f" {rounds} rounds, {ahead} moves ahead, {agents} agents,"
-          f" {'direct' if direct else 'staged'}")  # fmt: skip
-    for name, found in sorted(bench.speeds.items()):
-        line = f"{name:12} {statistics.median(found):6.2f} GB/s"
-        if name in bench.ratios:
-            one, many = map(statistics.median, zip(*bench.ratios[name], strict=True))
-            line += f"  {one:.2f} of bare, {many:.2f} of bare*,"
-            line += f" {statistics.median(bench.cpu_ms[name]):.2f} ms of a core per MiB"
-        print(line)
+            return bench.rows()
+
+
+def measure_nixl(*, quick: bool, progress: Progress) -> list[NixlRow]:
+    """Staged and direct, in a hub of its own each. NixlError where there is no NIXL."""
+    nixlib.load()
+    agents = agents_for(os.cpu_count() or 1, rdma_devices())
+    plans = [(2, 8, True)] if quick else [(7, 64, False), (7, 64, True), (5, 192, True)]
+    rows = []
+    for rounds, batch, direct in plans:
+        progress(f"nixl: {'direct' if direct else 'staged'}, {batch} blocks of 2 MiB")
+        rows += asyncio.run(measure(rounds, 2 << 20, batch, 3, agents, direct=direct))
+    return rows
 
 
 def main() -> int:
@@ -359,7 +414,9 @@ def main() -> int:
         work = measure(
             options.rounds, block_bytes, options.batch, options.ahead, agents, direct=options.direct
         )
-        asyncio.run(work)
+        rows = asyncio.run(work)
+        print(machine.facts())
+        print(report.nixl([asdict(row) for row in rows]))
     return 0
 
 

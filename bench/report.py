@@ -18,6 +18,8 @@ def table(result: dict[str, Any]) -> str:
         parts.append(_restart(result["restart"]))
     if "wire" in result:
         parts.append(_wire(result["wire"]))
+    if "nixl" in result:
+        parts.append(nixl(result["nixl"]))
     if "control" in result:
         parts.append(_control(result["control"]))
     return "\n\n".join(parts)
@@ -126,6 +128,31 @@ def _wire(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ],
     )
+
+
+def nixl(rows: list[dict[str, Any]]) -> str:
+    """Of bare NIXL by one agent, and by as many as the hub has, which also hash what they read."""
+    return aligned(
+        ("over nixl", "agents", "bare GB/s", "GB/s", "ratio", "range", "floor", "",
+         "bare* GB/s", "of bare*", "core-ms/MiB"),
+        [
+            (
+                f"{row['way']} {row['operation']}, {'direct' if row['direct'] else 'staged'},"
+                f" {row['mib']} MiB",
+                str(row["agents"]),
+                f"{row['bare_gb_s']:.2f}",
+                f"{row['speed_gb_s']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
+                f"{row['floor']:.2f}" if row["floor"] else "",
+                ("pass" if row["floor_met"] else "MISS") if row["floor"] else "",
+                f"{row['cores_gb_s']:.2f}",
+                f"{row['of_cores']:.2f}",
+                f"{row['core_ms']:.2f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
 
 
 def _control(rows: list[dict[str, Any]]) -> str:

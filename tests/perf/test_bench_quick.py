@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kvproto import nixlib
+
 ROOT = Path(__file__).parents[2]
 RATIO_FLOOR = 0.05
 LOOKUP_RATIO_CEILING = 100.0
@@ -42,6 +44,14 @@ def test_quick_benchmark_measures_every_row(tmp_path: Path) -> None:
         assert row["floor_met"] == (row["ratio"] >= row["floor"])
     assert rows["push", 1, 16]["ratio"] > RATIO_FLOOR
     assert rows["pull", 1, 16]["ratio"] > RATIO_FLOOR
+
+    assert ("nixl" in result) == nixlib.available()
+    moved = {(r["way"], r["operation"]): r for r in result.get("nixl", [])}
+    ways = {(w, o) for w in ("move", "whole") for o in ("push", "pull")}
+    assert set(moved) == (ways if "nixl" in result else set())
+    for row in moved.values():
+        assert row["ratio"] > RATIO_FLOOR
+        assert row["floor_met"] == (row["ratio"] >= row["floor"])
 
     assert 0 < result["lookup"]["ratio"] < LOOKUP_RATIO_CEILING
     restart = result["restart"]
