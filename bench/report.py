@@ -114,7 +114,17 @@ def _restart(figure: dict[str, Any]) -> str:
 
 def _wire(rows: list[dict[str, Any]]) -> str:
     return aligned(
-        ("over a wire", "bare GB/s", "GB/s", "ratio", "range", "floor", ""),
+        (
+            "over a wire",
+            "bare GB/s",
+            "GB/s",
+            "ratio",
+            "range",
+            "floor",
+            "",
+            "bare* GB/s",
+            "of bare*",
+        ),
         [
             (
                 f"{row['transport']} {row['operation']}, {row['mib']} MiB",
@@ -124,6 +134,8 @@ def _wire(rows: list[dict[str, Any]]) -> str:
                 f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
                 f"{row['floor']:.2f}",
                 "pass" if row["floor_met"] else "MISS",
+                f"{row['hashed_gb_s']:.2f}",
+                f"{row['of_hashed']:.2f}",
             )
             for row in rows
         ],

@@ -7,6 +7,8 @@ which random extents are used, as a hub's arena is. The median of the pairwise r
 the figure. A push and a pull include everything: the gRPC calls, a checksum of each cell on both
 sides, the check of the root. So there are two batches: what a short one waits for calls, a long one
 does not notice.
+With cores short, what decides is that bytes are hashed. So bare* is the bare socket whose ends also
+hash what the protocol has them hash: both on a push, the client's on a pull; no calls, no hub.
 All slots have been written before, as all pages of the bare receiver's mapping have.
 """
 
@@ -44,6 +46,8 @@ class WireRow:
     ratio: float
     ratio_low: float
     ratio_high: float
+    hashed_gb_s: float  # bare*
+    of_hashed: float  # ratio to bare*
     floor: float
     floor_met: bool
 
@@ -82,22 +86,31 @@ def measure_tcp(
         ]
 
 
+def _bare(fleet: Fleet, operation: str, *, hashes: bool) -> float:
+    """Seconds. The first worker is the client, the second one stands for the hub."""
+    for worker, sends in enumerate((operation == "push", operation == "pull")):
+        own = hashes and (operation == "push" or worker == 0)
+        fleet.one("plan_bare", worker=worker, sends=sends, hashes=own)
+    timings = fleet.all("run", at=time.monotonic() + _LEAD_S)
+    return max(t.ended for t in timings) - min(t.began for t in timings)
+
+
 def _row(
     fleet: Fleet, operation: str, batch: int, size: int, rounds: int, progress: Progress
 ) -> WireRow:
     bare: list[float] = []
+    hashed: list[float] = []
     speed: list[float] = []
     for turn in range(rounds + 1):
-        for worker, sends in enumerate((operation == "push", operation == "pull")):
-            fleet.one("plan_bare", worker=worker, sends=sends)
-        timings = fleet.all("run", at=time.monotonic() + _LEAD_S)
-        bare_s = max(t.ended for t in timings) - min(t.began for t in timings)
+        hashed_s = _bare(fleet, operation, hashes=True)
+        bare_s = _bare(fleet, operation, hashes=False)
         fleet.one(f"plan_{operation}", calls=1, batch=batch)
         timing = fleet.one("run", at=time.monotonic() + _LEAD_S)
         if operation == "pull":
             fleet.one("check_pulled", count=2)
         if turn:  # the first pair warms up
             bare.append(BARE_BYTES / bare_s / 1e9)
+            hashed.append(BARE_BYTES / hashed_s / 1e9)
             speed.append(size / (timing.ended - timing.began) / 1e9)
     ratios = sorted(s / b for s, b in zip(speed, bare, strict=True))
     ratio = statistics.median(ratios)
@@ -111,6 +124,10 @@ def _row(
         ratio=rounded_down(ratio, 2),
         ratio_low=rounded_down(ratios[0], 2),
         ratio_high=rounded_down(ratios[-1], 2),
+        hashed_gb_s=round(statistics.median(hashed), 2),
+        of_hashed=rounded_down(
+            statistics.median(s / h for s, h in zip(speed, hashed, strict=True)), 2
+        ),
         floor=FLOOR,
         floor_met=ratio >= FLOOR,
     )

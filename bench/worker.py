@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from kvclient import AsyncClient, Client, KVError
 from kvclient.staging import aligned
+from kvproto.checksum import grid_checksums
 from kvproto.namespace import NamespaceSpec
 from kvproto.v1 import kvserver_pb2, kvserver_pb2_grpc
 
@@ -36,6 +37,7 @@ Bytes = npt.NDArray[np.uint8]
 DEADLINE_SECONDS = 60.0
 BARE_BYTES = 128 << 20
 BARE_CALL_BYTES = 1 << 20
+BARE_CELL_BYTES = 32 << 10
 _RETRY_SECONDS = 0.01
 
 
@@ -188,10 +190,12 @@ class Worker:
             self._bare_memory = aligned(BARE_BYTES)
         self._bare_memory[:] = 1
 
-    def plan_bare(self, *, sends: bool) -> None:
-        """BARE_BYTES through the connection, BARE_CALL_BYTES a call."""
-        view, bare = self._bare_memory.data, self._bare
+    def plan_bare(self, *, sends: bool, hashes: bool = False) -> None:
+        """BARE_BYTES through the connection, BARE_CALL_BYTES a call, which also `hashes` cells of
+        BARE_CELL_BYTES before it sends them or when it has them."""
+        view, bare, cells = self._bare_memory.data, self._bare, self._bare_memory
         extents = self._draw(len(view) // self._block_bytes, BARE_BYTES // self._block_bytes)
+        cell, whole = BARE_CELL_BYTES, socket.MSG_WAITALL
 
         def job() -> Timing:
             began = time.monotonic()
@@ -199,9 +203,15 @@ class Worker:
                 done, end = extent * self._block_bytes, (extent + 1) * self._block_bytes
                 while done < end:
                     part = view[done : min(done + BARE_CALL_BYTES, end)]
-                    done += (
-                        bare.send(part) if sends else bare.recv_into(part, 0, socket.MSG_WAITALL)
-                    )
+                    if hashes and sends:
+                        grid_checksums(cells[done : done + len(part)].reshape(1, -1, cell))
+                        bare.sendall(part)
+                        done += len(part)
+                        continue
+                    took = bare.send(part) if sends else bare.recv_into(part, 0, whole)
+                    if hashes:
+                        grid_checksums(cells[done : done + took].reshape(1, -1, cell))
+                    done += took
             return Timing(began, time.monotonic())
 
         self._job = job
