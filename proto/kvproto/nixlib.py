@@ -108,7 +108,7 @@ class Agent:
         self, name: str, *, backend: str, params: Mapping[str, str], progress: bool
     ) -> None:
         """`progress` gives it a thread of its own, which a target of emulated transfers needs
-        (UCX over tcp); it sleeps while nothing moves."""
+        (UCX over tcp). It sleeps while nothing moves, and spins while a connection is half made."""
         self._nixl = nixl = load()
         kinds = (getattr(nixl, name) for name in dir(nixl) if name.endswith("Error"))
         self._failures = (*kinds, RuntimeError, ValueError)

@@ -384,6 +384,31 @@ async def test_who_attached_and_moves_nothing_rests(
         assert ticks_of(peer.pid) - before < 0.3 * os.sysconf("SC_CLK_TCK")
 
 
+async def test_a_transfer_that_closes_while_it_attaches_lets_its_agent_go(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = client.session.link.transfer
+    assert isinstance(transfer, NixlTransfer)
+    agent = transfer._agent
+    assert agent is not None
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(name: str, request: object, deadline: Deadline) -> None:
+        asked.set()
+        await go.wait()
+        raise Unavailable("the hub has gone")
+
+    monkeypatch.setattr(transfer, "_rpc", slow)
+    attaching = asyncio.create_task(transfer.attach(Deadline(10)))
+    await asked.wait()
+    transfer.close()
+    assert not await asyncio.to_thread(agent.ended, 0.05), "it is in use"
+    go.set()
+    with pytest.raises(Unavailable):
+        await attaching
+    assert await asyncio.to_thread(agent.ended, 20.0)
+
+
 async def test_a_client_that_maps_the_arena_cannot_attach_too(hub: ServerProcess) -> None:
     async with AsyncClient.connect(hub.address, transport="shm") as client:
         link = client.session.link

@@ -3,7 +3,8 @@
 Its backend says what a transfer does: `fill` writes sevens into what it reads into and is done,
 `run` never ends, `hang` does not come back from the post, `hang c-5` not with the peer c-5, `pair`
 comes back when another agent posts as well (but for the very first), `wire` is done if there was
-progress since a peer was added, `none` cannot be made. With `second` the second agent adds no peer.
+progress since a peer was added, `none` cannot be made, `closed` dawdles and fails
+where it is used after `close`. With `second` the second agent adds no peer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Puppet:
         self._does, _, self._only = setup.backend.partition(" ")
         self._refuses = self._does == "second" and number == 1
         self._wired = False
+        self._closed = False
 
     def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None: ...
 
@@ -43,6 +45,10 @@ class Puppet:
 
     def progress(self) -> None:
         self._wired = True
+        if self._does == "closed":
+            time.sleep(0.01)
+            if self._closed:
+                raise RuntimeError("the agent is closed")
 
     def post(
         self, *, read: bool, peer: str, local: Descriptors, remote: Descriptors, memory: Memory
@@ -67,7 +73,10 @@ class Puppet:
 
     def release(self, handle: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._closed = True
+        if self._does == "closed":
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from kvclient.transfer.cutting import (
     staged_addresses,
     sums_of,
 )
-from kvclient.transfer.direct import Addresses, Block, Holds, Memories, Registered
+from kvclient.transfer.direct import Addresses, Block, Holds, Memories
 from kvclient.transfer.progress import ClientAgent, open_agent
 from kvclient.transfer.ring import Orphan, Ring, orphans
 from kvclient.transfer.settling import Rpc, settle_all
@@ -89,7 +89,6 @@ class NixlTransfer:
         self._attached = 0
         self._attaching = asyncio.Lock()
         self._memories = memories
-        self._known: list[Registered] = []  # what the agent knows of them
         self._holds = Holds(memories or Memories())
         self.follows = wires.beside()  # cores to hash one put while the hub moves another
         self.bytes_moved = [0, 0]  # staged and direct, out and in
@@ -115,22 +114,22 @@ class NixlTransfer:
 
     async def attach(self, deadline: Deadline) -> None:
         """Register what is not registered yet, and tell the hub of all of it."""
-        async with self._attaching:
-            await self._attach(deadline)
+        try:
+            async with self._attaching:
+                await self._attach(deadline)
+        finally:
+            self._let_go()
 
     async def _attach(self, deadline: Deadline) -> None:
         ring, agent = self._ring, self._agent
         if ring is None or agent is None:
             raise Unavailable("the session of this transfer has ended")
         wanted = self._memories.registered if self._memories is not None else []
-        for memory in (one for one in wanted if one not in self._known):
+        for memory in (one for one in wanted if one not in agent.known):
             try:
-                await asyncio.to_thread(
-                    agent.register, memory.address, memory.nbytes, memory.memory, memory.device
-                )
+                await asyncio.to_thread(agent.register, memory)
             except nixlib.NixlError as error:
                 raise Unsupported(str(error), field="memory") from error
-            self._known.append(memory)
         metadata = await asyncio.to_thread(agent.metadata)
         rows = [(ring.address, ring.bytes.nbytes, nixlib.Memory.DRAM.code, 0)]
         rows += [(m.address, m.nbytes, m.memory.code, m.device) for m in wanted]
@@ -143,11 +142,9 @@ class NixlTransfer:
         self._attached += 1
         self._key = reply.key
         self._move_s = reply.move_ms_max / 1000
-        for memory in [one for one in self._known if one not in wanted]:
-            self._known.remove(memory)
-            await asyncio.to_thread(
-                agent.deregister, memory.address, memory.nbytes, memory.memory, memory.device
-            )
+        for known in agent.known:
+            if known not in wanted:
+                await asyncio.to_thread(agent.deregister, known)
 
     async def _attach_again(self, epoch: int) -> None:
         """The hub has a new agent, which does not know us. Once for all moves that were told so."""
@@ -155,6 +152,7 @@ class NixlTransfer:
             if epoch == self._attached and not self._closed:
                 with suppress(KVError):
                     await self._attach(Deadline(ATTACH_S))
+        self._let_go()
 
     def close(self) -> None:
         if self._closed:
@@ -172,10 +170,12 @@ class NixlTransfer:
         ring = self._ring
         if not self._closed or ring is None or ring.taken or self._holds.running:
             return
+        if self._attaching.locked():  # which does it when it is over
+            return
         self._ring = None
         agent, self._agent = self._agent, None
-        if agent is not None and not self._attaching.locked():
-            agent.close(keep=self._known)
+        if agent is not None:
+            agent.close()
 
     # ---- moving --------------------------------------------------------------------------
 

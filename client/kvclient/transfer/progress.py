@@ -6,17 +6,17 @@ that, which UCX's descriptors wake; while our side of a connection waits for the
 without a pause, a whole core, for as long as the hub gets none (ADR 0018). This one looks at fixed
 times instead.
 
-    moving, and for LINGER_S after: each BUSY_S, and EAGER_S after a look that found work
-    else: each IDLE_S
+    after a look that found work: EAGER_S later
+    moving, and for LINGER_S after: each BUSY_S       else: each IDLE_S
 
 Rules:
  1. One thread at a time calls the agent.
  2. A call that the hub answers with a transfer is made inside `moving`. A transfer that outlives
     its call goes on slowly.
- 3. `close` waits for nothing: the thread destroys the agent, and keeps alive until then what the
-    agent has registered.
- 4. An interpreter that ends waits for the threads: one that came back from the library later would
-    be unwound through it, which ends the process by SIGABRT.
+ 3. `close` waits for nothing: the thread destroys the agent. Until then what it has registered
+    lives.
+ 4. An interpreter that ends waits for the threads, EXIT_S at most: one that came back from the
+    library later would be unwound through it, which ends the process by SIGABRT.
 """
 
 from __future__ import annotations
@@ -54,13 +54,27 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
+class Area(Protocol):
+    """Memory; whoever has it keeps it alive."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def device(self) -> int: ...
+
+
 class ClientAgent:
     """See the module's rules. NixlError from what the library refuses."""
 
     def __init__(self, agent: Target, *, keep: object, progresses: bool) -> None:
         """`keep` is what lives as long as the agent. One that `progresses` has a thread of NIXL."""
         self._agent = agent
-        self._keep = [keep]
+        self._keep = keep
+        self._known: list[Area] = []
         self._calling = threading.Lock()
         self._changed = threading.Condition()
         self._moving = 0
@@ -72,13 +86,24 @@ class ClientAgent:
             self._thread.start()
             _threads.add(self)
 
-    def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
-        with self._calling:
-            self._agent.register(address, length, memory, device)
+    @property
+    def known(self) -> list[Area]:
+        """What it has registered besides the ring."""
+        return list(self._known)
 
-    def deregister(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
+    def register(self, area: Area) -> None:
+        """Unless it is known."""
         with self._calling:
-            self._agent.deregister(address, length, memory, device)
+            if area not in self._known:
+                self._agent.register(area.address, area.nbytes, area.memory, area.device)
+                self._known.append(area)
+
+    def deregister(self, area: Area) -> None:
+        """Unless it is not known. What it lies in lives until this is done."""
+        with self._calling:
+            if area in self._known:
+                self._agent.deregister(area.address, area.nbytes, area.memory, area.device)
+                self._known.remove(area)
 
     def metadata(self) -> bytes:
         with self._calling:
@@ -98,12 +123,11 @@ class ClientAgent:
                 self._moving -= 1
                 self._busy_until = time.monotonic() + LINGER_S
 
-    def close(self, keep: object = None) -> None:
-        """Nothing may follow. `keep` is what else has to outlive the agent."""
+    def close(self) -> None:
+        """Nothing may follow."""
         if self._thread is None:
             self._agent.close()
             return
-        self._keep.append(keep)
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -128,7 +152,8 @@ class ClientAgent:
             worked = time.thread_time() - before > WORK_S
         with self._calling:
             self._agent.close()
-        self._keep.clear()
+            self._known.clear()
+        self._keep = None
 
 
 async def open_agent(
@@ -138,30 +163,33 @@ async def open_agent(
     """An agent that has registered the ring. Unsupported where there can be none. `direct`: memory
     of a card may come, for which the thread needs that card's context; NIXL's own has it."""
 
+    made: list[ClientAgent] = []
+    abandoned = False
+    deciding = threading.Lock()
+
     def make() -> ClientAgent:
         ring.prefault()
         progresses = direct and nixlib.cards()
         bare = nixlib.Agent(name, backend=backend, params=params, progress=progresses)
+        bare.register(ring.address, ring.bytes.nbytes, Memory.DRAM)
         agent = ClientAgent(bare, keep=ring, progresses=progresses)
-        try:
-            agent.register(ring.address, ring.bytes.nbytes, Memory.DRAM)
-        except BaseException:
-            agent.close()
-            raise
-        return agent
+        with deciding:
+            if not abandoned:
+                made.append(agent)
+                return agent
+        agent.close()
+        raise NixlError("it came too late")  # nobody listens, nor need the loop be there still
 
-    def too_late(made: asyncio.Future[ClientAgent]) -> None:
-        if not made.cancelled() and made.exception() is None:
-            made.result().close()
-
-    making = asyncio.ensure_future(asyncio.to_thread(make))
     try:
         async with asyncio.timeout(max(deadline.left(), 1e-3)):
-            return await asyncio.shield(making)
+            return await asyncio.to_thread(make)
     except NixlError as error:
         raise Unsupported(str(error)) from error
     except BaseException as error:
-        making.add_done_callback(too_late)
+        with deciding:
+            abandoned = True
+        for agent in made:
+            agent.close()
         if isinstance(error, TimeoutError):
             raise DeadlineExceeded("no NIXL agent in time", field="deadline_s") from error
         raise

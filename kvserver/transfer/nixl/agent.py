@@ -113,6 +113,7 @@ class NixlAgent:
         self._clock = clock
         self._peers: dict[int, _Peer] = {}  # by client
         self._running: list[_Running] = []
+        self._wire_failed = False  # which is said once
         self.bytes_read = 0
         self.bytes_written = 0
         self.posts = 0
@@ -186,7 +187,12 @@ class NixlAgent:
         return _POLL_SLOW_S if first or age_s < _IDLE_AFTER_S else _WIRE_IDLE_S
 
     def wire(self) -> None:
-        self._mover.progress()
+        try:
+            self._mover.progress()
+        except NixlError as error:  # what does not go on is Stuck some time
+            if not self._wire_failed:
+                self._note("nixl_wire", str(error))
+            self._wire_failed = True
 
     @property
     def pause_s(self) -> float | None:

@@ -38,7 +38,7 @@ class Lane:
         self._wiring = wiring
         self._fail = fail
         self._stepping = threading.Lock()
-        self._wire_s: float | None = None  # the agent's `wiring` after the last step
+        self._wire_s: float | None = None  # the agent's `wiring` when it was last asked
         self._orders: queue.SimpleQueue[tuple[Order, Future[None]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"nixl-lane-{number}", daemon=True)
 
@@ -67,7 +67,8 @@ class Lane:
         try:
             if self.agent.wiring is not None:
                 self.agent.wire()
-            return self.agent.wiring
+            self._wire_s = self.agent.wiring
+            return self._wire_s
         finally:
             self._stepping.release()
 
@@ -78,10 +79,9 @@ class Lane:
                 with self._stepping:
                     self._obey()
                     moved = self.agent.step()
-                    wire_s = self.agent.wiring
-                    if wire_s is not None and (self._wire_s is None or wire_s < self._wire_s):
+                    before, self._wire_s = self._wire_s, self.agent.wiring
+                    if self._wire_s is not None and (before is None or self._wire_s < before):
                         self._wiring.set()
-                    self._wire_s = wire_s
                     pause_s = self.agent.pause_s
                 if not moved:
                     self._jobs.wait(changes, pause_s)

@@ -98,6 +98,7 @@ class Worker:
         self._before_post = before_post
         self._make = make
         self._wiring = threading.Event()
+        self._closing = False
         self._sending = threading.Lock()
         self._jobs = Jobs()
         self._begun: dict[int, Job] = {}  # by number of the Work
@@ -122,7 +123,8 @@ class Worker:
         except NixlError as error:
             self._send(Kind.REFUSED, str(error).encode())
             return
-        threading.Thread(target=self._wire, name="nixl-wire", daemon=True).start()
+        wirer = threading.Thread(target=self._wire, name="nixl-wire", daemon=True)
+        wirer.start()
         step_back(setup.nice)  # from here on: nobody waits longer for a hub that starts
         sys.setswitchinterval(SWITCH_S)
         for lane in self._lanes:
@@ -132,11 +134,16 @@ class Worker:
             self._serve()
         except Exception as error:
             self._fail(error)
+        self._closing = True
         self._jobs.close()
+        self._wiring.set()
         limit = time.monotonic() + CLOSE_S
-        for lane, mover in zip(self._lanes, movers, strict=True):
-            if lane.ended(max(0.0, limit - time.monotonic())):
-                mover.close()
+        wirer.join(CLOSE_S)
+        ended = [lane.ended(max(0.0, limit - time.monotonic())) for lane in self._lanes]
+        if wirer.is_alive() or not all(ended):
+            os._exit(0)  # an interpreter that ends would unwind a thread through the library
+        for mover in movers:
+            mover.close()
 
     def _lane(self, number: int, mover: Mover, stuck_s: float) -> Lane:
         agent = NixlAgent(
@@ -224,7 +231,7 @@ class Worker:
     def _wire(self) -> None:
         pause: float | None = None
         try:
-            while True:
+            while not self._closing:
                 self._wiring.wait(pause)
                 self._wiring.clear()
                 pauses = [lane.wire() for lane in self._lanes]

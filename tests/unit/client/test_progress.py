@@ -17,12 +17,16 @@ import pytest
 from kvclient.errors import DeadlineExceeded
 from kvclient.timing import Deadline
 from kvclient.transfer import progress
+from kvclient.transfer.direct import Registered
 from kvclient.transfer.progress import BUSY_S, IDLE_S, LINGER_S, WORK_S, ClientAgent, open_agent
 from kvclient.transfer.ring import Ring
 from kvproto import nixlib
 from kvproto.nixlib import Memory, NixlError
 
 LONG_S = 20.0
+
+
+AREA = Registered(1, 2, Memory.DRAM, 0, None)
 
 
 class Puppet:
@@ -33,9 +37,11 @@ class Puppet:
         self.progressed = 0
         self.overlaps = 0
         self.fails = False
+        self.refuses = False
         self.work_s = 0.0
         self.gate = threading.Event()  # progress comes back when it is set
         self.gate.set()
+        self.inside = threading.Event()  # one waits for it
         self._calling = threading.Lock()
 
     @contextlib.contextmanager
@@ -52,6 +58,8 @@ class Puppet:
     def register(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
         with self._call("register"):
             time.sleep(0.001)
+            if self.refuses:
+                raise NixlError("no more")
 
     def deregister(self, address: int, length: int, memory: Memory, device: int = 0) -> None:
         with self._call("deregister"):
@@ -67,7 +75,9 @@ class Puppet:
             until_s = time.thread_time() + self.work_s
             while time.thread_time() < until_s:
                 pass
-            assert self.gate.wait(LONG_S)
+            if not self.gate.is_set():
+                self.inside.set()
+                assert self.gate.wait(LONG_S)
             if self.fails:
                 raise NixlError("no progress")
 
@@ -110,10 +120,11 @@ def test_it_hurries_while_the_hub_moves_and_a_while_after(
     with agent.moving():
         with agent.moving():
             pass
-        assert took(4) < 2 * IDLE_S
+        assert min(took(4) for _ in range(3)) < 2 * IDLE_S, "on a full machine too"
         time.sleep(LINGER_S)
+        assert min(took(4) for _ in range(3)) < 2 * IDLE_S, "the outer one is not over"
         assert took(10) > 8 * BUSY_S, "it does not spin"
-    assert took(4) < 2 * IDLE_S, "more may come"
+    assert min(took(4) for _ in range(3)) < 2 * IDLE_S, "more may come"
     time.sleep(LINGER_S)
     assert took(4) > 2 * IDLE_S
 
@@ -130,10 +141,25 @@ def test_it_looks_again_soon_where_it_found_work(puppet: Puppet, agent: ClientAg
 def test_one_thread_at_a_time_calls_the_agent(puppet: Puppet, agent: ClientAgent) -> None:
     with agent.moving():
         for _ in range(50):
-            agent.register(1, 2, Memory.DRAM)
+            agent.register(AREA)
             assert agent.metadata() == b"told"
-            agent.deregister(1, 2, Memory.DRAM)
+            agent.deregister(AREA)
     assert puppet.progressed
+
+
+def test_an_area_is_registered_once(puppet: Puppet, agent: ClientAgent) -> None:
+    """Who was cancelled while a thread did it does not know, and asks again."""
+    agent.register(AREA)
+    agent.register(AREA)
+    assert agent.known == [AREA]
+    agent.deregister(AREA)
+    agent.deregister(AREA)
+    assert agent.known == []
+    assert [call for call in puppet.calls if call != "progress"] == ["register", "deregister"]
+    puppet.refuses = True
+    with pytest.raises(NixlError):
+        agent.register(AREA)
+    assert agent.known == []
 
 
 def test_a_failure_does_not_end_it(puppet: Puppet, agent: ClientAgent) -> None:
@@ -149,12 +175,12 @@ def test_close_waits_for_nothing_and_what_was_registered_lives_as_long(puppet: P
     ring, more = Owner(), Owner()
     alive = [weakref.ref(ring), weakref.ref(more)]
     agent = ClientAgent(puppet, keep=ring, progresses=False)
+    agent.register(Registered(1, 2, Memory.DRAM, 0, more))
     puppet.gate.clear()
-    seen = puppet.progressed
-    until(lambda: puppet.progressed > seen, "it is in the library")
+    assert puppet.inside.wait(LONG_S)
     began = time.monotonic()
-    agent.close(keep=more)
-    assert time.monotonic() - began < IDLE_S
+    agent.close()
+    assert time.monotonic() - began < LONG_S / 2
     del ring, more
     assert not agent.ended(0.05)
     assert puppet.calls[-1:] != ["close"]
@@ -197,7 +223,8 @@ def test_an_interpreter_that_ends_closes_who_was_forgotten() -> None:
     assert done.stdout.split() == ["closed", "closed"]
 
 
-async def test_an_agent_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the loop is gone by then."""
     made: list[Puppet] = []
     go = threading.Event()
 
@@ -207,15 +234,17 @@ async def test_an_agent_that_comes_too_late_is_closed(monkeypatch: pytest.Monkey
         return made[0]
 
     monkeypatch.setattr(progress.nixlib, "Agent", make)
+
+    async def late() -> None:
+        ring, soon = Ring(1 << 20), Deadline(0.05)
+        await open_agent("c", ring, backend="UCX", params={}, direct=False, deadline=soon)
+
+    loop = asyncio.new_event_loop()
     with pytest.raises(DeadlineExceeded):
-        await open_agent(
-            "c", Ring(1 << 20), backend="UCX", params={}, direct=False, deadline=Deadline(0.05)
-        )
+        loop.run_until_complete(late())
+    loop.close()
     go.set()
-    deadline = time.monotonic() + LONG_S
-    while not (made and "close" in made[0].calls):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    until(lambda: made and "close" in made[0].calls, "it is closed")
 
 
 HALF = """
@@ -240,7 +269,7 @@ def test_it_rests_while_a_connection_is_half_made() -> None:
     bare = nixlib.Agent("client", backend="UCX", params={}, progress=False)
     memory = np.zeros(1 << 20, np.uint8)
     agent = ClientAgent(bare, keep=memory, progresses=False)
-    agent.register(int(memory.ctypes.data), memory.nbytes, Memory.DRAM)
+    agent.register(Registered.of(memory))
     with subprocess.Popen(
         [sys.executable, "-c", HALF], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as hub:

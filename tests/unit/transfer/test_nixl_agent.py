@@ -53,6 +53,8 @@ class Puppet:
         self.peers.discard(name)
 
     def progress(self) -> None:
+        if self.refuses:
+            raise NixlError("no progress")
         self.progressed += 1
 
     def post(
@@ -405,6 +407,11 @@ def test_somebody_has_to_wire_until_the_first_transfer_is_done(bench: Bench) -> 
     assert bench.agent.pause_s == soon, "its own thread need not hurry meanwhile"
     bench.agent.wire()
     assert bench.puppet.progressed == 1
+    bench.puppet.refuses = True
+    bench.agent.wire()
+    bench.agent.wire()
+    assert bench.notes == ["nixl_wire"], "said once, and it goes on"
+    bench.puppet.refuses = False
     bench.now += STUCK_S / 2
     later = bench.agent.wiring
     assert later is not None

@@ -199,12 +199,32 @@ async def test_an_agent_that_cannot_join_leaves_a_client_to_the_others(
 ) -> None:
     async with hub(arena, "second") as one:
         assert await one.submit(1) == [Ended.OK, Ended.OK]
-        for round_ in range(3):
-            works = [one.submit(2 + 20 * round_ + number) for number in range(4 * JOIN_POSTS)]
+
+        def tries() -> int:
+            return sum(record.message == "nixl_join" for record in caplog.records)
+
+        numbers, after = itertools.count(2), 0
+        deadline = time.monotonic() + LONG_S
+        while after < 3:
+            works = [one.submit(next(numbers)) for _ in range(4 * JOIN_POSTS)]
             assert await asyncio.gather(*works) == [[Ended.OK, Ended.OK]] * len(works)
+            after += bool(tries())
+            assert time.monotonic() < deadline, "it does not try"
         await one.agent.attach(CLIENT, b"c-5", "c-")
-    tries = [record for record in caplog.records if record.message == "nixl_join"]
-    assert len(tries) <= 1
+        assert tries() == 1
+
+
+async def test_it_ends_in_order_while_a_client_is_attached(arena: HostArena) -> None:
+    """Nobody calls an agent that is closed."""
+    for pause_s in (0.0, 0.05):
+        one = Hub(arena, "closed", 30.0)
+        await one.start()
+        await one.agent.attach(CLIENT, b"c-5", "c-")
+        link = one.agent._link
+        assert link is not None
+        await asyncio.sleep(pause_s)
+        await one.agent.close()
+        assert (link.process.returncode, one.reports) == (0, [])
 
 
 async def test_a_connection_goes_on_while_nothing_is_moved(arena: HostArena) -> None:
